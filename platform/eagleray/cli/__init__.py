@@ -1,0 +1,1 @@
+"""Floor 5: the verbs of the ``eagleray`` command."""

@@ -1,0 +1,218 @@
+"""The one place that connects to Ray: a cluster by address, or an embedded one with settings that are known to work.
+
+What is set and why (measured on Ray 2.60, two cores):
+
+- spare logical CPUs: an actor pool that holds every CPU starves Ray Data's own tasks and the job hangs for ever;
+- the object store is capped: only unit descriptors and counts pass through it;
+- usage statistics off, dashboard off for the embedded cluster (it halves its memory), token auth left on;
+- every listener of the embedded cluster on 127.0.0.1 (``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0``; checked by a test);
+- OMP_NUM_THREADS=1 in workers: each worker owns one core.
+
+Example:
+    >>> with cluster(None) as where: ...
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eagleray.core.errors import CapabilityError, ClusterError, EagleError
+from eagleray.flows.pool import Pool, cores, error_json, rebuild_error, worker_environment
+
+SPARE_CPUS = 2  # for Ray Data's own tasks; logical, they are hardly used
+OBJECT_STORE_BYTES = 200_000_000
+ACTOR_START_RETRIES = 3
+
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def resolve_address(address: str | None) -> str | None:
+    """The cluster to connect to: ``--address``, else RAY_ADDRESS, else None for an embedded one."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[dict[str, Any]]:
+    """Connects to Ray and disconnects at the end; an embedded cluster is stopped, its workers with it.
+
+    Args:
+        address: A cluster's address, or None.
+
+    Yields:
+        What is connected to: ``mode``, ``address``, ``nodes``, ``cpus``, ``gpus``, ``ray``.
+
+    Raises:
+        ClusterError: It cannot be reached or refuses the token.
+    """
+    address = resolve_address(address)
+    _prepare_environment(is_embedded=address is None)
+    import ray
+
+    was_connected = ray.is_initialized()
+    if not was_connected:
+        _connect(ray, address)
+    try:
+        total = ray.cluster_resources()
+        yield {
+            "mode": "ray cluster" if address else "embedded ray",
+            "address": address or "",
+            "nodes": sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]),
+            "cpus": total.get("CPU", 0.0),
+            "gpus": total.get("GPU", 0.0),
+            "ray": ray.__version__,
+        }
+    finally:
+        if not was_connected:
+            ray.shutdown()
+
+
+def _prepare_environment(*, is_embedded: bool) -> None:
+    """Environment that Ray reads at import and start; what a person has set stays."""
+    for key, value in {**QUIET_ENVIRONMENT, **(worker_environment() if is_embedded else {})}.items():
+        os.environ.setdefault(key, value)
+    if is_embedded:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        _make_token_private()
+
+
+def _make_token_private() -> None:
+    """Makes Ray's token file, readable by its owner alone, before Ray would make one that everyone can read."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        if not path.exists():
+            import secrets
+
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(32))
+        elif path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
+            path.chmod(0o600)
+    except FileExistsError:
+        pass  # another command made it in the same moment
+    except OSError as error:
+        raise ClusterError(
+            f"Ray's token file {path} cannot be made: {error.strerror}",
+            expected="a private file with a token",
+            fix="set RAY_AUTH_TOKEN_PATH to a file that you may write",
+        ) from error
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=cores() + SPARE_CPUS,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            ray.init(address=address, runtime_env={"env_vars": worker_environment()}, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        first = str(error).strip().splitlines()
+        raise ClusterError(
+            f"no Ray cluster at {address or 'this machine'}: {first[0] if first else type(error).__name__}",
+            expected="a running cluster, and its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token",
+            fix="check the address with `ray status`, the token with `ray get-auth-token`, or leave --address out",
+        ) from error
+
+
+def pool_size(pool: Pool, where: Mapping[str, Any], num_units: int) -> int:
+    """Workers to start: what was asked, else one per accelerator or core, never more than units.
+
+    Raises:
+        CapabilityError: Accelerators were asked for and the cluster has none.
+    """
+    if pool.num_gpus > 0:
+        fit = int(where["gpus"] / pool.num_gpus)
+        if fit < 1:
+            raise CapabilityError(
+                f"{pool.num_gpus} GPU a worker asked, the cluster has {where['gpus']:g}",
+                expected="a cluster with GPUs",
+                fix="leave --num-gpus out to score on CPUs",
+            )
+    else:
+        spare = SPARE_CPUS if where["mode"] == "embedded ray" else 1
+        fit = max(1, int((where["cpus"] - spare) / pool.num_cpus))
+    return max(1, min(pool.workers or fit, fit, num_units))
+
+
+def map_on_ray(
+    units: Sequence[Mapping[str, Any]], factory: str, settings: Mapping[str, Any], pool: Pool
+) -> Iterator[dict[str, Any]]:
+    """Ray Data over unit descriptors: one row a unit, one actor a worker. Call it inside ``cluster``.
+
+    Raises:
+        EagleError: What a worker raised.
+        ClusterError: Ray lost what the run needs.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.exceptions import RayError
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.enable_auto_log_stats = False
+    context.max_errored_blocks = 0  # an error is never a dropped block
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"unit": json.dumps(unit)} for unit in units]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        RayWorker,
+        fn_constructor_kwargs={"factory": factory, "settings": dict(settings)},
+        compute=ActorPoolStrategy(size=max(1, pool.workers), max_tasks_in_flight_per_actor=2),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
+        max_restarts=-1,  # bounded by the ledger: a unit has MAX_ATTEMPTS
+        max_task_retries=-1,
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+            for answer in batch.column("answer").to_pylist():
+                reply = json.loads(answer)
+                if "error" in reply:
+                    raise rebuild_error(reply["error"])
+                yield reply
+    except RayError as error:
+        cause = str(error).strip().splitlines()
+        raise ClusterError(
+            f"Ray lost the run: {cause[-1] if cause else type(error).__name__}",
+            expected="workers that start and stay",
+            fix="run the same command again: it resumes; `ray status` shows what the cluster has",
+        ) from error
+
+
+class RayWorker:
+    """The thin shell of a worker inside an actor: JSON in, JSON out; an error of ours is an answer, not a crash."""
+
+    def __init__(self, factory: str, settings: dict[str, Any]) -> None:
+        self._factory, self._settings = factory, settings
+        self._worker: Any = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        from eagleray.flows.local_worker import build_worker
+
+        try:
+            self._worker = self._worker or build_worker(self._factory, self._settings)
+            answer = self._worker(json.loads(row["unit"]))
+        except EagleError as error:
+            answer = {"error": error_json(error)}
+        return {"answer": json.dumps(answer)}

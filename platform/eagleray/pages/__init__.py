@@ -1,0 +1,1 @@
+"""Floor 3: a Report becomes one self-contained HTML page."""

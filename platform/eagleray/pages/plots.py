@@ -1,0 +1,175 @@
+"""Charts as inline SVG and plain HTML: no script, no library, colours from the page, so that both schemes can be read.
+
+A chart is as wide as its place: positions are percentages and only shapes stretch, so text keeps its size on a phone.
+Bars with names are a real table, each with a small SVG bar, which a screen reader reads as numbers.
+
+Example:
+    >>> svg = histogram(Histogram("Scores", edges=(0.0, 0.5, 1.0), counts=(3, 9)))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from eagleray.assure.report import Bars, Histogram, Line
+from eagleray.pages import wording
+
+NUM_TICKS = 5
+CHAR_PX = 7  # of a digit at the axis' 12 px, for the room to the left of the y axis
+SECOND_STEPS = (1, 2, 5, 10, 15, 20, 30, 60)
+MINUTE_STEPS = tuple(60 * step for step in (1, 2, 5, 10, 15, 20, 30, 60))
+HOUR_STEPS = tuple(3600 * step for step in (1, 2, 3, 6, 12, 24, 48, 72, 168))
+
+
+def bars(block: Bars) -> str:
+    """A table with one bar a row."""
+    top = max((bar.value for bar in block.bars), default=0.0) or 1.0
+    whole = block.whole
+    head = f'<th scope="col">name</th><th></th><th scope="col">{escape(wording.visible(block.unit or "value"))}</th>'
+    head += '<th scope="col">share</th>' if whole is not None else ""
+    rows = []
+    for bar in block.bars:
+        label, key = wording.visible(bar.label), wording.visible(bar.key)
+        name = f"<bdi>{escape(wording.shorten(label, 60))}</bdi>"
+        share = f'<td class="n soft">{escape(wording.percent(bar.value, whole))}</td>' if whole is not None else ""
+        width = max(100 * bar.value / top, 0.4 if bar.value > 0 else 0.0)
+        rows.append(
+            f'<tr title="{escape(f"{label} {key}".strip())}"><th scope="row">{name}</th>'
+            f'<td class="track"><svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="mark" width="{width:.2f}" height="10"/></svg></td>'
+            f'<td class="n">{escape(wording.number(bar.value))}</td>{share}</tr>'
+        )
+    return (
+        f'<table class="bars"><caption class="unseen">{escape(wording.visible(block.title))}</caption>'
+        f'<thead class="unseen"><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def histogram(block: Histogram) -> str:
+    """Bars between edges, over a linear axis, with the numbers in a folded table."""
+    first, last = block.edges[0], block.edges[-1]
+    span = (last - first) or 1.0
+    ticks = nice_ticks(max(block.counts))
+    marks = []
+    for left, right, count in zip(block.edges, block.edges[1:], block.counts, strict=True):
+        x, width = 100 * (left - first) / span, 100 * (right - left) / span
+        height = max(100 * count / ticks[-1], 0.7) if count else 0.0
+        told = f"{_edge(left)} to {_edge(right)}: {count:,} {block.y_label}".strip()
+        marks.append(
+            f'<rect class="mark" x="{x + 0.06 * width:.3f}%" y="{100 - height:.3f}%" width="{0.88 * width:.3f}%" '
+            f'height="{height:.3f}%"><title>{escape(wording.visible(told))}</title></rect>'
+        )
+    x_ticks = [(100 * (tick - first) / span, _edge(tick)) for tick in _inner_ticks(first, last)]
+    peak = max(range(len(block.counts)), key=lambda index: block.counts[index])
+    told = (
+        f"{block.title}: histogram of {sum(block.counts):,} {block.y_label} over {block.x_label}; the highest bar is "
+        f"{block.counts[peak]:,}, from {_edge(block.edges[peak])} to {_edge(block.edges[peak + 1])}"
+    )
+    return _frame("".join(marks), told, x_ticks, ticks, (block.x_label, block.y_label)) + _numbers(block)
+
+
+def line(block: Line) -> str:
+    """A line over a filled area, from zero, with its reference level."""
+    if len(block.points) < 2:
+        return '<p class="soft">Too few samples to draw.</p>'
+    xs, ys = [x for x, _ in block.points], [y for _, y in block.points]
+    first, last = (min(0.0, xs[0]) if block.x_unit == "s" else xs[0]), xs[-1]
+    span = (last - first) or 1.0
+    ticks = nice_ticks(max(*ys, block.reference or 0.0))
+    shape = " ".join(f"{1000 * (x - first) / span:.1f},{1000 - 1000 * y / ticks[-1]:.1f}" for x, y in block.points)
+    begin, end = (1000 * (x - first) / span for x in (xs[0], last))
+    marks = (
+        '<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none" overflow="visible">'
+        f'<polygon class="area" points="{begin:.1f},1000 {shape} {end:.1f},1000"/>'
+        f'<polyline class="stroke" points="{shape}"/></svg>'
+    )
+    if block.reference is not None:
+        y = 100 - 100 * block.reference / ticks[-1]
+        label = escape(wording.visible(block.reference_label))
+        marks += f'<line class="level" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>'
+        marks += f'<text class="halo" x="100%" y="{y:.2f}%" dy="-6" text-anchor="end">{label}</text>'
+    if block.x_unit == "s":
+        x_ticks = [(100 * (tick - first) / span, label) for tick, label in time_ticks(last)]
+    else:
+        x_ticks = [(100 * (tick - first) / span, _edge(tick)) for tick in _inner_ticks(first, last)]
+    told = (
+        f"{block.title}: {block.y_label} over {block.x_label}; lowest {wording.number(min(ys))}, "
+        f"highest {wording.number(max(ys))}, {block.reference_label}"
+    )
+    return _frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
+
+
+def nice_ticks(top: float) -> list[float]:
+    """From 0 up to at least ``top`` (>= 0) in at most NUM_TICKS steps of 1, 2, 2.5 or 5 times a power of ten."""
+    if top <= 0:
+        return [0.0, 1.0]
+    power = 10.0 ** math.floor(math.log10(top / NUM_TICKS))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * NUM_TICKS >= top * (1 - 1e-9))
+    if top == int(top) and step < 1:
+        step = 1.0  # counts have no halves
+    return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def time_ticks(last_s: float) -> list[tuple[float, str]]:
+    """Ticks of a time axis from 0 to ``last_s`` seconds, in the unit that reads best."""
+    if last_s <= 4:
+        ticks = nice_ticks(last_s)
+        return [(tick, f"{wording.axis_number(tick, ticks[1])} s") for tick in ticks if tick <= last_s * 1.001]
+    steps, unit_s, unit = HOUR_STEPS, wording.HOUR_S, "h"
+    if last_s <= 3 * wording.MINUTE_S:
+        steps, unit_s, unit = SECOND_STEPS, 1, "s"
+    elif last_s <= 3 * wording.HOUR_S:
+        steps, unit_s, unit = MINUTE_STEPS, wording.MINUTE_S, "min"
+    step = next((step for step in steps if last_s / step <= NUM_TICKS), steps[-1] * math.ceil(last_s / steps[-1] / 5))
+    return [(tick, f"{tick // unit_s:,} {unit}") for tick in range(0, int(last_s) + 1, step)]
+
+
+def _inner_ticks(first: float, last: float) -> list[float]:
+    """Round values from ``first`` to ``last``, ends included when they are round."""
+    span = last - first
+    if span <= 0:
+        return [first]
+    step = nice_ticks(span)[1]
+    return [step * index for index in range(math.ceil(first / step - 1e-9), math.floor(last / step + 1e-9) + 1)]
+
+
+def _edge(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _frame(
+    marks: str, told: str, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[float], labels: tuple[str, str]
+) -> str:
+    """Axes, ticks and labels around marks that fill 0 to 100 % both ways."""
+    y_texts = [wording.axis_number(tick, y_ticks[1]) for tick in y_ticks]
+    room = 12 + CHAR_PX * max(len(text) for text in y_texts)
+    parts = [
+        f'<svg class="plot" role="img" aria-label="{escape(wording.visible(told))}" style="padding-left:{room}px">'
+    ]
+    for tick, text in zip(y_ticks, y_texts, strict=True):
+        y = 100 - 100 * tick / y_ticks[-1]
+        kind = "axis" if tick == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>')
+        parts.append(f'<text x="0" dx="-8" y="{y:.2f}%" dy="4" text-anchor="end">{text}</text>')
+    parts.append(marks)
+    for x, text in x_ticks:
+        anchor = "start" if x < 2 else "end" if x > 98 else "middle"
+        parts.append(f'<text x="{x:.2f}%" y="100%" dy="20" text-anchor="{anchor}">{escape(text)}</text>')
+    x_label, y_label = (escape(wording.visible(label)) for label in labels)
+    parts.append(f'<text class="label" x="50%" y="100%" dy="42" text-anchor="middle">{x_label}</text>')
+    parts.append(f'<text class="label" x="0" dx="-{room}" y="0" dy="-16">{y_label}</text></svg>')
+    return "".join(parts)
+
+
+def _numbers(block: Histogram) -> str:
+    rows = "".join(
+        f"<tr><td>{_edge(left)} to {_edge(right)}</td><td class='n'>{count:,}</td></tr>"
+        for left, right, count in zip(block.edges, block.edges[1:], block.counts, strict=True)
+    )
+    x_label, y_label = (escape(wording.visible(label)) for label in (block.x_label, block.y_label))
+    return (
+        f'<details class="numbers"><summary>The numbers</summary><table><thead><tr><th scope="col">{x_label}</th>'
+        f'<th scope="col" class="n">{y_label}</th></tr></thead><tbody>{rows}</tbody></table></details>'
+    )

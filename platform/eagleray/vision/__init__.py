@@ -1,0 +1,1 @@
+"""Floor 1: bytes to pixels, sources to corpora, foreign weights to bundles. No Ray."""

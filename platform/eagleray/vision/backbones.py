@@ -1,0 +1,239 @@
+"""timm models by name: the only file that creates them.
+
+Example:
+    >>> model = create(Backbone(name="tf_efficientnet_lite0", num_classes=6))
+    >>> logits, embedding = WithEmbedding(model)(x_nchw)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
+from eagleray.vision.images import ImageSpec
+from eagleray.vision.prediction import Label
+from eagleray.vision.torchvision_guard import ensure_importable
+
+ensure_importable()
+
+import timm  # noqa: E402  torchvision must be importable first
+from timm.data import ImageNetInfo, infer_imagenet_subset  # noqa: E402
+from timm.data.model_config import resolve_input_data_config  # noqa: E402
+from timm.models import get_model_args  # noqa: E402
+from timm.models._hub import save_config_for_hf  # noqa: E402  timm 1.0.31 gives it no public name
+
+SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
+REBUILT = ("num_classes", "in_chans", "pretrained_model_args")  # arguments that a bundle says elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """Which timm model to make.
+
+    Attributes:
+        name: A timm name (with or without tag), "local-dir:FOLDER" or "hf-hub:ORG/NAME".
+        pretrained: Whether to load the weights that the name stands for.
+        num_classes: Outputs; None keeps the name's own.
+        model_args: More arguments of the architecture, e.g. img_size.
+    """
+
+    name: str
+    pretrained: bool = False
+    num_classes: int | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_timm_name(name: str) -> bool:
+    """Whether timm knows the name: an architecture (with or without tag), or a ``local-dir:`` or ``hf-hub:`` id."""
+    return name.startswith(SOURCES) or timm.is_model(name)
+
+
+def nearest_names(name: str) -> list[str]:
+    """Architectures of timm that are spelled much like the name."""
+    import difflib
+
+    return difflib.get_close_matches(name.split(".", maxsplit=1)[0], timm.list_models(), n=3)
+
+
+def create(backbone: Backbone) -> nn.Module:
+    """Makes a timm model in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: timm has no such architecture, or it refuses the arguments.
+        ArtifactError: The folder or repository named is not a timm model.
+        CapabilityError: Pretrained weights cannot be had from here.
+    """
+    name, is_local = backbone.name, backbone.name.startswith("local-dir:")
+    if not is_timm_name(name):
+        near = nearest_names(name)
+        raise ConfigError(
+            f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""),
+            expected="a timm name, local-dir:FOLDER, hf-hub:ORG/NAME, a FILE.onnx, or lite0",
+            fix="name another model",
+        )
+    try:
+        with _offline_when_cut_off():
+            model: nn.Module = timm.create_model(
+                name, pretrained=backbone.pretrained, num_classes=backbone.num_classes, **backbone.model_args
+            )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        if is_local:
+            raise ArtifactError(
+                f"{name} is not a timm model: {reason}", expected="a folder with config.json and model.safetensors"
+            ) from error
+        if isinstance(error, OSError):
+            raise CapabilityError(
+                f"the pretrained weights of {name} cannot be fetched: no answer from the Hugging Face hub",
+                expected="a network route to the hub, or the weights in its cache (HF_HOME) with HF_HUB_OFFLINE=1",
+                fix="give the weights as a file: --weights FILE.safetensors, or import lite0, which comes in a package",
+            ) from error
+        raise ConfigError(f"timm cannot make {name}: {reason}", expected="weights and arguments that fit it") from error
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _offline_when_cut_off() -> Iterator[None]:
+    """Asks the hub's cache only when its host has no address here: its retries would else take 47 s to fail (measured)."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        if not before and not urllib.request.getproxies():
+            socket.getaddrinfo(host, None)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The timm architecture's name, without tag or source."""
+    return str(model.pretrained_cfg["architecture"])  # type: ignore[index]
+
+
+def pretrained_tag(model: nn.Module) -> str:
+    """The tag of the weights' configuration, e.g. "in1k"; empty when there is none."""
+    return str(getattr(model, "pretrained_cfg", {}).get("tag") or "")
+
+
+def saved_args(model: nn.Module) -> dict[str, Any]:
+    """The arguments that make the same model again, but for the number of classes and channels."""
+    return {key: value for key, value in get_model_args(model).items() if key not in REBUILT}
+
+
+def eval_spec(model: nn.Module) -> ImageSpec:
+    """The preprocessing of timm's evaluation transform for this model.
+
+    Raises:
+        ConfigError: The model takes something other than three channels.
+    """
+    config = resolve_input_data_config(model)
+    channels, height, width = config["input_size"]
+    if channels != 3:
+        raise ConfigError(f"{architecture_of(model)} takes {channels} channels", expected="3 (RGB)")
+    return ImageSpec(
+        height=int(height),
+        width=int(width),
+        crop_pct=float(config["crop_pct"]),
+        crop_mode=str(config.get("crop_mode") or "center"),
+        interpolation=str(config["interpolation"]),
+        mean=tuple(float(value) for value in config["mean"]),
+        std=tuple(float(value) for value in config["std"]),
+    )
+
+
+def own_labels(model: nn.Module) -> tuple[Label, ...] | None:
+    """The labels that come with the weights: of their configuration, or ImageNet's (id = wnid); None when unknown."""
+    config = getattr(model, "pretrained_cfg", {})
+    names, descriptions = config.get("label_names"), config.get("label_descriptions") or {}
+    if names:
+        ordered = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
+        return tuple(Label(id=str(name), name=str(descriptions.get(name, name))) for name in ordered)
+    subset = infer_imagenet_subset(model)
+    return imagenet_labels(subset) if subset else None
+
+
+def imagenet_labels(subset: str = "imagenet-1k") -> tuple[Label, ...]:
+    """ImageNet's labels in the order of the usual models: id = wnid, name = description."""
+    info = ImageNetInfo(subset)
+    return tuple(Label(id=wnid, name=info.label_name_to_description(wnid)) for wnid in info.label_names())
+
+
+def hub_config(model: nn.Module, spec: ImageSpec, labels: Sequence[Label]) -> dict[str, Any]:
+    """What a bundle's config.json says, so that ``timm.create_model("local-dir:BUNDLE", pretrained=True)`` loads it."""
+    data_config = {
+        "input_size": (3, spec.height, spec.width),
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop_pct,
+        "crop_mode": spec.crop_mode,
+    }
+    words = {"label_names": [label.id for label in labels], "label_descriptions": {one.id: one.name for one in labels}}
+    with tempfile.TemporaryDirectory(prefix="eagleray-") as folder:
+        path = Path(folder) / "config.json"
+        save_config_for_hf(model, str(path), model_config=words, data_config=data_config)
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+class WithEmbedding(nn.Module):
+    """A timm model that gives (logits (N, C), embedding (N, D)): the embedding is the input of the last layer.
+
+    Args:
+        model: A timm classifier in eval mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # A linear classifier is run on the embedding; other heads (distilled, convolutional) run whole, beside it.
+        classifier = model.get_classifier()  # type: ignore[operator]
+        self.has_linear_head = isinstance(classifier, nn.Linear)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs float32 (N, 3, H, W)."""
+        features = self.model.forward_features(x)  # type: ignore[operator]
+        embedding = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        if self.has_linear_head:
+            logits = self.model.get_classifier()(embedding)  # type: ignore[operator]
+        else:
+            logits = self.model.forward_head(features)  # type: ignore[operator]
+        return logits, embedding.flatten(1)
+
+
+def embedding_width(model: nn.Module, spec: ImageSpec) -> int:
+    """The width D of WithEmbedding's second output, by running one gray picture.
+
+    Raises:
+        ArtifactError: The model's own forward gives other logits than its head, or not one row a picture.
+    """
+    x = torch.zeros(1, 3, spec.height, spec.width)
+    with torch.inference_mode():
+        logits, embedding = WithEmbedding(model)(x)
+        direct = model(x)
+    if (
+        not isinstance(direct, torch.Tensor)
+        or logits.shape != direct.shape
+        or not torch.allclose(logits, direct, atol=1e-4)
+    ):
+        raise ArtifactError(
+            f"{architecture_of(model)} is not a plain classifier", expected="one row of logits a picture"
+        )
+    return int(embedding.shape[1])

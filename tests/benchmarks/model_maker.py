@@ -1,0 +1,125 @@
+"""The benchmark's two models as bundles: `light` finds the pipeline's limit, `heavy` the engine's.
+
+light = timm's mobilenetv3_small_050: a seeded random backbone, its batch norms fitted to the benchmark's pictures and its
+head solved so that it names the photograph a picture was made from. (A plain random network answers by margins so thin that
+the top-1 agreement of two correct pipelines would say nothing.)
+heavy = EfficientNet-Lite0 with its published weights, from its package. tiny = a 32 px mean and a matrix: no cost of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import archive_maker
+import yardstick
+
+SEED = 20261123
+FITTED_ON = 384
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle and what a peer needs of it."""
+
+    name: str
+    bundle: Path
+    onnx: Path
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    labels: tuple[str, ...]
+
+
+def make(cache_folder: Path, name: str, eagleray: Sequence[str]) -> Model:
+    """The bundle of a model, imported once through the command line; what is there is used.
+
+    Args:
+        cache_folder: where bundles live.
+        name: "light", "heavy" or "tiny".
+        eagleray: the command, as a list of arguments.
+    """
+    bundle = cache_folder / "bundles" / name
+    if not (bundle / "bundle.json").is_file():
+        shutil.rmtree(bundle, ignore_errors=True)
+        bundle.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*eagleray, "import", *_source(cache_folder, name), "--out", str(bundle)], check=True)
+    told = json.loads((bundle / "bundle.json").read_bytes())
+    spec = told["image_spec"]
+    labels = tuple(label["id"] for label in told["labels"])
+    return Model(name, bundle, bundle / "model.onnx", tuple(spec["mean"]), tuple(spec["std"]), labels)
+
+
+def _source(cache_folder: Path, name: str) -> list[str]:
+    if name == "heavy":
+        return ["lite0"]
+    home = cache_folder / "bundles" / f"{name}-source"
+    home.mkdir(parents=True, exist_ok=True)
+    if name == "tiny":
+        return _tiny(home)
+    weights = home / "mobilenetv3_small_050.safetensors"
+    _fit_light(weights)
+    return ["mobilenetv3_small_050", "--weights", str(weights)]
+
+
+def _fit_light(path: Path) -> None:
+    import eagleray.vision.torchvision_guard  # noqa: F401, I001  before timm
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    kind = archive_maker.KINDS["small"]
+    indices = range(10_000_000, 10_000_000 + FITTED_ON)  # none of them is in an archive
+    pixels = np.stack([yardstick.target_pixels(archive_maker.picture(kind, index)) for index in indices])
+    job = yardstick.Job((), "", IMAGENET_MEAN, IMAGENET_STD, Path())
+    images = torch.from_numpy(yardstick.normalize(pixels, job))
+    wanted = torch.eye(len(archive_maker.PHOTOS))[[archive_maker.subject(kind, index) for index in indices]]
+    torch.manual_seed(SEED)
+    model = timm.create_model("mobilenetv3_small_050")
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # the plain mean over the batches
+    with torch.no_grad():
+        model.train()
+        for batch in images.split(32):
+            model(batch)
+        model.eval()
+        features = torch.cat([model.forward_head(model.forward_features(b), pre_logits=True) for b in images.split(32)])
+        mean, spread = features.mean(0), features.std()
+        centred = torch.cat([(features - mean) / spread, torch.ones(len(features), 1)], 1).double()
+        gram = centred.T @ centred + 10.0 * torch.eye(centred.shape[1])
+        solved = torch.linalg.solve(gram, centred.T @ wanted.double()).float() * 8.0
+        head = model.get_classifier()
+        head.weight.zero_()
+        head.bias.fill_(-8.0)
+        head.weight[: len(solved.T)] = solved[:-1].T / spread
+        head.bias[: len(solved.T)] = solved[-1] - head.weight[: len(solved.T)] @ mean
+    save_file(model.state_dict(), path)
+
+
+def _tiny(home: Path) -> list[str]:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(SEED)
+    matrix = numpy_helper.from_array(rng.normal(0, 4, (3, 10)).astype(np.float32), "matrix")
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "matrix"], ["logits"]),
+    ]
+    ends = [("image", ["batch", 3, 32, 32]), ("logits", ["batch", 10])]
+    image, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends)
+    graph = helper.make_graph(nodes, "tiny", [image], [logits], [matrix])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save_model(model, home / "tiny.onnx")
+    (home / "labels.txt").write_text("\n".join(f"colour{number}" for number in range(10)) + "\n")
+    mean, std = "0.5,0.5,0.5", "0.25,0.25,0.25"
+    return [str(home / "tiny.onnx"), "--labels", str(home / "labels.txt"), "--size", "32", "--mean", mean, "--std", std]

@@ -1,0 +1,38 @@
+"""Fixtures that every floor's tests share: real shared data where it lies, small generated photos elsewhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; a test that needs it is skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_photo() -> Callable[..., bytes]:
+    """Bytes of a picture that depends on its seed alone: smooth colours with some texture, as photos have."""
+    from PIL import Image
+
+    def make(seed: int, *, width: int = 96, height: int = 72, kind: str = "JPEG") -> bytes:
+        generator = np.random.default_rng(seed)
+        small = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        noisy = np.clip(np.asarray(image, np.int16) + generator.integers(-12, 13, (height, width, 3)), 0, 255)
+        buffer = io.BytesIO()
+        Image.fromarray(noisy.astype(np.uint8)).save(buffer, kind, **({"quality": 85} if kind == "JPEG" else {}))
+        return buffer.getvalue()
+
+    return make

@@ -1,0 +1,122 @@
+"""Laws of the frozen input: units stay, new and changed items get units of their own, duplicates meet in one."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from eagleray.core.errors import ConfigError
+from eagleray.vision import inputs, sources
+from eagleray.vision.inputs import FrozenInput, freeze_listing, read_unit_listing, unit_images
+
+
+def make_folder(home: Path, count: int) -> Path:
+    for number in range(count):
+        path = home / f"class{number % 3}" / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([number % 251]) * (100 + number))
+    return home
+
+
+def freeze(folder: Path, home: Path) -> FrozenInput:
+    return freeze_listing(str(folder), sources.list_items(str(folder)), home)
+
+
+def uris(frozen: FrozenInput) -> list[str]:
+    return [uri for unit in frozen.units for uri in read_unit_listing(unit)["uri"].to_pylist()]
+
+
+def test_every_item_is_in_exactly_one_unit(tmp_path: Path) -> None:
+    frozen = freeze(make_folder(tmp_path / "a", 300), tmp_path / "input")
+    assert frozen.images_in == 300
+    assert len(set(uris(frozen))) == 300 == len(uris(frozen)) == sum(unit["images"] for unit in frozen.units)
+    assert len(frozen.units) >= 15  # enough for several workers
+    assert len({unit["unit"] for unit in frozen.units}) == len(frozen.units)
+
+
+def test_freezing_again_changes_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", 60)
+    first, second = freeze(folder, tmp_path / "input"), freeze(folder, tmp_path / "input")
+    assert first == second
+    assert not any(second.changes.values())
+
+
+def test_a_moved_run_keeps_its_units(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", 60)
+    first = freeze(folder, tmp_path / "input")
+    listed = uris(first)
+    (tmp_path / "input").rename(tmp_path / "moved")
+    second = freeze(folder, tmp_path / "moved")
+    assert [unit["unit"] for unit in second.units] == [unit["unit"] for unit in first.units]
+    assert uris(second) == listed
+
+
+def test_new_changed_and_vanished_items(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", 90)
+    before = freeze(folder, tmp_path / "input")
+    (folder / "class0" / "new.jpg").write_bytes(b"new")
+    changed, vanished = folder / "class1" / "0001.jpg", folder / "class2" / "0002.jpg"
+    changed.write_bytes(b"changed")
+    vanished.unlink()
+    after = freeze(folder, tmp_path / "input")
+    assert after.changes == {"new": 1, "changed": 1, "vanished": 1}
+    assert after.images_in == 90
+    assert Counter(uris(after)) == Counter(f"file://{path}" for path in folder.rglob("*.jpg"))
+    kept = {unit["unit"] for unit in before.units} & {unit["unit"] for unit in after.units}
+    derived = [unit for unit in after.units if unit["derived_from"]]
+    fresh = [unit for unit in after.units if unit["unit"] not in kept and not unit["derived_from"]]
+    assert 1 <= len(derived) <= 2
+    assert {unit["derived_from"] for unit in derived} <= {unit["unit"] for unit in before.units} - kept
+    assert {uri.rsplit("/", 1)[1] for unit in fresh for uri in read_unit_listing(unit)["uri"].to_pylist()} == {
+        "new.jpg",
+        "0001.jpg",
+    }
+    assert not any(freeze(folder, tmp_path / "input").changes.values())
+
+
+def test_a_touched_file_counts_as_changed(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", 20)
+    freeze(folder, tmp_path / "input")
+    path = folder / "class0" / "0000.jpg"
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1_000_000_000))
+    assert freeze(folder, tmp_path / "input").changes == {"new": 0, "changed": 1, "vanished": 0}
+
+
+def test_files_of_one_size_meet_in_one_unit(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", 200)
+    for number in (3, 77, 150):
+        (folder / f"zz{number}.jpg").write_bytes(b"x" * 50_000)
+    frozen = freeze(folder, tmp_path / "input")
+    homes = {
+        unit["unit"]
+        for unit in frozen.units
+        for size in read_unit_listing(unit)["size"].to_pylist()
+        if size == 50_000
+    }
+    assert len(homes) == 1
+
+
+def test_windows_do_not_lose_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "WINDOW_ITEMS", 50)
+    frozen = freeze(make_folder(tmp_path / "a", 333), tmp_path / "input")
+    assert len(set(uris(frozen))) == 333
+
+
+def test_another_source_is_refused(tmp_path: Path) -> None:
+    freeze(make_folder(tmp_path / "a", 5), tmp_path / "run" / "input")
+    with pytest.raises(ConfigError, match="another source"):
+        freeze(make_folder(tmp_path / "b", 5), tmp_path / "run" / "input")
+
+
+def test_units_grow_with_the_archive() -> None:
+    assert unit_images(0, 5) == 16
+    assert unit_images(0, 100_000) == 128
+    sizes, cut = [], 0
+    while cut < 100_000_000:
+        sizes.append(unit_images(cut))
+        cut += sizes[-1]
+    assert max(sizes) == 4096
+    assert len(sizes) < 30_000
