@@ -10,7 +10,7 @@ CODE := platform jobs serve_apps tests
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-full venv lint bench chromium clean
+.PHONY: help demo test test-full venv lint bench tree chromium clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile
@@ -31,6 +31,9 @@ lint: venv  ## style, format, types
 
 bench: venv  ## the speed table of docs/log.md
 	$(BIN)/python tests/benchmarks/bench_score.py
+
+tree:  ## write the README's tree anew, from the first lines of the files
+	$(PYTHON) tests/house/tree.py
 
 venv: $(STAMP)  ## .venv from constraints.txt; made again when pyproject.toml or constraints.txt change
 

@@ -36,3 +36,11 @@ def make_photo() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a seeded little convolutional classifier: 32 x 32 pixels, 5 classes."""
+    from tests.tiny_model import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("model") / "tiny")

@@ -95,7 +95,7 @@ def picture(kind: Kind, index: int) -> Image.Image:
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(image).astype(np.int16)
-    gain = rng.uniform(0.8, 1.2, 3) * 256
+    gain = rng.uniform(0.94, 1.06, 3) * 256
     pixels = (pixels.astype(np.int32) * gain.astype(np.int32) >> 8).astype(np.int16)
     rows, columns = (np.arange(side) + rng.integers(512) for side in (height, width))
     pixels += _grain()[rows % 512][:, columns % 512]

@@ -1,8 +1,9 @@
 """The benchmark's two models as bundles: `light` finds the pipeline's limit, `heavy` the engine's.
 
 light = timm's mobilenetv3_small_050: a seeded random backbone, its batch norms fitted to the benchmark's pictures and its
-head solved so that it names the photograph a picture was made from. (A plain random network answers by margins so thin that
-the top-1 agreement of two correct pipelines would say nothing.)
+head solved so that it names the photograph a picture was made from. A plain random network would do for the speed, but
+it amplifies the last bit of a pixel and answers by hair's breadths: two correct pipelines agree on 40 % of its answers. So
+its first spatial filters are shifted towards blurs, and then they agree on 99 %.
 heavy = EfficientNet-Lite0 with its published weights, from its package. tiny = a 32 px mean and a matrix: no cost of its own.
 """
 
@@ -21,7 +22,8 @@ import archive_maker
 import yardstick
 
 SEED = 20261123
-FITTED_ON = 384
+FITTED_ON = 600
+BLURRED_FILTERS = 5  # measured: features move by 0.8 % between a full and a scaled decode, with none by 26 %
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -69,7 +71,9 @@ def _source(cache_folder: Path, name: str) -> list[str]:
 
 
 def _fit_light(path: Path) -> None:
-    import eagleray.vision.torchvision_guard  # noqa: F401, I001  before timm
+    from eagleray.vision.torchvision_guard import ensure_importable
+
+    ensure_importable()
     import timm
     import torch
     from safetensors.torch import save_file
@@ -82,6 +86,9 @@ def _fit_light(path: Path) -> None:
     wanted = torch.eye(len(archive_maker.PHOTOS))[[archive_maker.subject(kind, index) for index in indices]]
     torch.manual_seed(SEED)
     model = timm.create_model("mobilenetv3_small_050")
+    spatial = [each for each in model.modules() if isinstance(each, torch.nn.Conv2d) and each.kernel_size != (1, 1)]
+    for layer in spatial[:BLURRED_FILTERS]:
+        layer.weight.data += layer.weight.data.abs().mean((2, 3), keepdim=True)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.reset_running_stats()

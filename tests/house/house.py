@@ -23,6 +23,7 @@ class Import:
     is_at_load: bool
     is_for_types: bool = False
     is_target: bool = False
+    names: tuple[str, ...] = ()  # of ``from name import a, b``: name.a, name.b
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def find_imports(tree: ast.Module, name: str) -> Iterator[Import]:
             base = node.module or ""
             if node.level:  # relative: banned by ruff, resolved here so that no rule is evaded
                 base = ".".join([*name.split(".")[: -node.level], *([node.module] if node.module else [])])
-            yield Import(base, line, at_load, for_types)
-            yield from (Import(f"{base}.{alias.name}", line, at_load, for_types) for alias in node.names)
+            names = tuple(f"{base}.{alias.name}" for alias in node.names)
+            yield Import(base, line, at_load, for_types, names=names)
+            yield from (Import(name, line, at_load, for_types) for name in names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             if node.args and isinstance(node.args[0], ast.Constant):
                 yield Import(str(node.args[0].value), line, at_load, for_types)

@@ -100,14 +100,6 @@ def ray(ray_cluster: Ray) -> Iterator[Ray]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of a seeded little convolutional classifier of 32 x 32 pixels and 5 classes."""
-    from tests.journeys.tiny_model import make_bundle
-
-    return make_bundle(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory, make_photo: Callable[..., bytes]) -> Path:
     """2,400 little photos in four folders; 20 of them exact duplicates, one empty file, one that is text."""
     home = tmp_path_factory.mktemp("archive") / "photos"

@@ -174,7 +174,7 @@ def test_one_percent_of_poison_costs_itself_only(
             poison[f"file://{target}"] = kind
         target.write_bytes(data)
     out = tmp_path / "out"
-    limits = ["--set", "hang_timeout_s=3", "--set", "memory_mib=1024"]
+    limits = ["--set", "hang_timeout_s=3", "--set", "memory_mib=512"]
     done = run(ray.env, *words(poisoned, tiny_model, out, ray, *limits), timeout_s=600)
     assert done.returncode == 0, done.stderr
     table = scores(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 class SampleConfig(Config):
     source: str
+    kind: str = "auto"
     top_k: int = 5
     sizes: tuple[int, ...] = ()
 
@@ -181,6 +183,25 @@ def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, check=False)
     assert "fault" not in done.stderr
+
+
+@pytest.mark.parametrize(("options", "is_live"), [((), True), (("--plain",), False)])
+def test_plain_draws_no_live_line_on_a_terminal(options: tuple[str, ...], is_live: bool) -> None:
+    code = (
+        "import sys\nfrom eagleray.cli.options import Outcome, as_command\n"
+        "from eagleray.core.progress import Progress\n"
+        "def verb(common):\n    with Progress(total=2, what='score') as progress: progress.update(done=2)\n"
+        "    return Outcome(None, '')\n"
+        "as_command('verb', verb)(sys.argv[1:])"
+    )
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    subprocess.run([sys.executable, "-c", code, *options], stderr=theirs, env=env, check=True)
+    os.close(theirs)
+    seen = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert ("\x1b" in seen) == is_live
+    assert "2/2" in seen
 
 
 def test_version() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from eagleray.assure import report as blocks
 from eagleray.assure.archive_tally import NO_REASON, SCORE_BINS, SHEET_TILES, Row, Tally, count_rows
+from eagleray.assure.phrases import clock, count, duration, figure, file_name, last_name, plain, share
 from eagleray.assure.report import Report
 from eagleray.core.commits import read_manifest
 from eagleray.core.storage import read_json
@@ -57,7 +58,7 @@ def score_report(folder: str | Path) -> Report:
     run = _read_run(folder)
     tally = count_rows(folder)
     found = (
-        _equation(manifest, tally),
+        _equation(manifest, run, tally),
         _figures(run, tally),
         *_charts(run, tally),
         *_sheets(tally),
@@ -85,24 +86,28 @@ def _read_run(folder: Path) -> Mapping[str, Any]:
 
 def _verdict(manifest: Mapping[str, Any], tally: Tally) -> blocks.Verdict:
     images_in, scored, quarantined = (int(manifest.get(key, 0)) for key in ("images_in", "scored", "quarantined"))
-    equation = f"{_count(images_in, 'image')} in = {scored:,} scored + {quarantined:,} quarantined"
+    equation = f"{count(images_in, 'image')} in = {scored:,} scored + {quarantined:,} quarantined"
     if images_in != scored + quarantined:
-        return blocks.Verdict(equation.replace(" = ", " ≠ "), is_good=False)
+        gap = images_in - scored - quarantined
+        told = f"{gap:,} not accounted for" if gap > 0 else f"{-gap:,} too many"
+        return blocks.Verdict(f"{equation.replace(' = ', ', but ')}: {told}", is_good=False)
     if (tally.scored, tally.quarantined) != (scored, quarantined):
         held = f"the parts hold {tally.scored:,} scored + {tally.quarantined:,} quarantined"
         return blocks.Verdict(f"{equation} by the manifest, but {held}", is_good=False)
     return blocks.Verdict(equation, is_good=True)
 
 
-def _equation(manifest: Mapping[str, Any], tally: Tally) -> blocks.Totals:
+def _equation(manifest: Mapping[str, Any], run: Mapping[str, Any], tally: Tally) -> blocks.Totals:
     images_in, scored, quarantined = (int(manifest.get(key, 0)) for key in ("images_in", "scored", "quarantined"))
     is_balanced = images_in == scored + quarantined
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in _ranked(tally.reasons)[:3])
-    parts = _count(len(manifest["parts"]), "part")
+    reasons = ", ".join(f"{number:,}\u00a0{reason}" for reason, number in _ranked(tally.reasons)[:3])
+    parts = count(len(manifest["parts"]), "part")
+    copies = scored - int(run.get("inferred", scored))
+    once = f"; {count(copies, 'exact duplicate')} inferred once" if copies > 0 else ""
     return blocks.Totals(
         (
-            blocks.Total("images in", images_in, "every file or member, duplicates too"),
-            blocks.Total("scored", scored, _share(scored, images_in), tone="good"),
+            blocks.Total("images in", images_in, "duplicates too"),
+            blocks.Total("scored", scored, share(scored, images_in) + once, tone="good"),
             blocks.Total("quarantined", quarantined, reasons or "nothing refused", tone="warn" if quarantined else ""),
         ),
         operators=("=" if is_balanced else "≠", "+"),
@@ -113,7 +118,9 @@ def _equation(manifest: Mapping[str, Any], tally: Tally) -> blocks.Totals:
 def _figures(run: Mapping[str, Any], tally: Tally) -> blocks.Totals | None:
     items = []
     if run.get("images_per_s"):
-        items.append(blocks.Total("images per second", _figure(run["images_per_s"])))
+        steady = run.get("images_per_s_steady")
+        note = f"{figure(steady)} without start and end" if steady else ""
+        items.append(blocks.Total("images per second", figure(run["images_per_s"]), note))
     if run.get("seconds") is not None:
         items.append(blocks.Total("elapsed", duration(float(run["seconds"]))))
     if tally.mean_score is not None:
@@ -126,18 +133,18 @@ def _charts(run: Mapping[str, Any], tally: Tally) -> Iterator[blocks.Block]:
     if tally.scored:
         yield _classes(tally)
     if tally.mean_score is not None:
-        odd = f" {_count(tally.odd, 'score')} not finite, left out." if tally.odd else ""
+        odd = f" {count(tally.odd, 'score')} not finite, left out." if tally.odd else ""
         yield blocks.Histogram(
             "How sure the model was",
             edges=tuple(index / SCORE_BINS for index in range(SCORE_BINS + 1)),
-            counts=tuple(int(count) for count in tally.histogram),
+            counts=tuple(int(number) for number in tally.histogram),
             x_label="score of the first label",
             y_label="images",
             note="The probability that the model gives its first label: not a measured accuracy." + odd,
         )
     if tally.decisions:
         chosen = tuple(
-            blocks.Bar(tally.names.get(key, key), count, key) for key, count in _ranked(tally.decisions)[:10]
+            blocks.Bar(tally.names.get(key, key), number, key) for key, number in _ranked(tally.decisions)[:10]
         )
         yield blocks.Bars(
             "Decisions", chosen, unit="images", whole=float(tally.scored), note="The bundle's thresholds, applied."
@@ -149,15 +156,15 @@ def _charts(run: Mapping[str, Any], tally: Tally) -> Iterator[blocks.Block]:
 def _classes(tally: Tally) -> blocks.Bars:
     ranked = _ranked(tally.labels)
     shown, rest = ranked[:TOP_CLASSES], ranked[TOP_CLASSES:]
-    note = f"First label of each image, {_count(len(ranked), 'class', 'classes')}."
+    note = f"First label of each image, {count(len(ranked), 'class', 'classes')}."
     if rest:
-        held = _count(sum(count for _, count in rest), "image")
+        held = count(sum(number for _, number in rest), "image")
         note = (
             f"First label of each image: the {len(shown)} largest of {len(ranked):,} classes; the others hold {held}."
         )
     bars = tuple(
-        blocks.Bar(tally.names[label] or "(no label)", count, label if label != tally.names[label] else "")
-        for label, count in shown
+        blocks.Bar(tally.names[label] or "(no label)", number, label if label != tally.names[label] else "")
+        for label, number in shown
     )
     return blocks.Bars("What was seen", bars, unit="images", whole=float(tally.scored), note=note)
 
@@ -167,22 +174,26 @@ def _throughput(run: Mapping[str, Any]) -> blocks.Line | None:
     samples = sorted(
         (float(s["t_s"]), float(s["done"])) for s in run.get("progress") or () if {"t_s", "done"} <= set(s)
     )
+    done_now = sum(int(worker.get("images") or 0) for worker in run.get("workers") or ())
+    if samples and samples[0][0] > 0 and 0 < done_now <= samples[-1][1]:
+        samples.insert(0, (0.0, samples[-1][1] - done_now))  # a resumed run starts above zero
     if len(samples) < 3 or samples[-1][0] <= samples[0][0]:
         return None
     time_s, done = np.array(samples).T
     edges = np.linspace(time_s[0], time_s[-1], min(RATE_POINTS, max(2, len(samples) // 2)) + 1)
     at_edge = np.interp(edges, time_s, np.maximum.accumulate(done))
     rate = np.diff(at_edge) / np.diff(edges)
-    middle = (edges[1:] + edges[:-1]) / 2
+    at = np.concatenate([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
+    level = np.concatenate([rate[:1], rate, rate[-1:]])
     mean = (at_edge[-1] - at_edge[0]) / (edges[-1] - edges[0])
     return blocks.Line(
         "Throughput",
-        points=tuple((round(float(x), 3), round(float(y), 3)) for x, y in zip(middle, rate, strict=True)),
+        points=tuple((round(float(x), 3), round(float(y), 3)) for x, y in zip(at, level, strict=True)),
         x_label="time since the start",
         y_label="images per second",
         x_unit="s",
         reference=round(float(mean), 3),
-        reference_label=f"mean {_figure(float(mean))}",
+        reference_label=f"mean {figure(float(mean))}",
     )
 
 
@@ -194,38 +205,39 @@ def _sheets(tally: Tally) -> Iterator[blocks.Block]:
         yield blocks.Sheet("Least sure", tuple(_scored_tile(row) for row in tally.least.rows), note)
     if not tally.quarantined:
         return
-    rows = tuple(
-        (reason, count, _share(count, tally.quarantined), REASONS.get(reason, ""))
-        for reason, count in _ranked(tally.reasons)
-    )
-    yield blocks.Table("Quarantined", ("reason", "images", "share", "meaning"), rows, code_columns=(0,))
+    rows = tuple((reason, count, REASONS.get(reason, "")) for reason, count in _ranked(tally.reasons))
+    yield blocks.Table("Quarantined", ("reason", "images", "meaning"), rows, code_columns=(0,))
     queues = [list(tally.refused[reason]) for reason, _ in _ranked(tally.reasons)]
     chosen = [queue[turn] for turn in range(SHEET_TILES) for queue in queues if turn < len(queue)][:SHEET_TILES]
     note = "" if len(chosen) == tally.quarantined else f"{len(chosen)} of {tally.quarantined:,}, reasons in turn."
-    yield blocks.Sheet("Set aside, with the reason", tuple(_refused_tile(row) for row in chosen), note)
+    yield blocks.Sheet("", tuple(_refused_tile(row) for row in chosen), note)
 
 
 def _scored_tile(row: Row) -> blocks.Tile:
     label = row.label_name or row.label or "(no label)"
-    return blocks.Tile(row.uri, lines=(label, file_name(row.uri)), tag=f"{row.score:.3f}")
+    return blocks.Tile(row.uri, (label,), file_name(row.uri), tag=f"{row.score:.3f}")
 
 
 def _refused_tile(row: Row) -> blocks.Tile:
     detail = row.detail or REASONS.get(row.reason, "")
-    lines = (file_name(row.uri), detail)
-    return blocks.Tile(row.uri, lines, tag=row.reason or NO_REASON, is_unsafe=row.reason == UNSAFE_REASON)
+    is_unsafe = row.reason == UNSAFE_REASON
+    return blocks.Tile(row.uri, (detail,), file_name(row.uri), tag=row.reason or NO_REASON, is_unsafe=is_unsafe)
 
 
 def _what_ran(run: Mapping[str, Any]) -> Iterator[blocks.Block]:
     where, runtime, model = (_group(run, key) for key in ("where", "runtime", "model"))
     facts = {
         "Where": where.get("mode"),
-        "Nodes": _plain(where.get("nodes")),
+        "Nodes": plain(where.get("nodes")),
+        "CPUs": where.get("cpus"),
+        "GPUs": where.get("gpus") or None,
         "Workers": where.get("workers"),
-        "Runtime": " ".join(str(runtime[key]) for key in ("name", "version", "precision") if runtime.get(key)),
+        "Runtime": " ".join(
+            str(runtime[key]) for key in ("name", "version", "precision", "device") if runtime.get(key)
+        ),
         "Model": model.get("architecture"),
-        "Started": run.get("started_at"),
-        "Ended": run.get("ended_at"),
+        "Started": clock(run.get("started_at")),
+        "Ended": clock(run.get("ended_at")),
         "Elapsed": duration(float(run["seconds"])) if run.get("seconds") is not None else None,
         "CPU time": duration(float(run["cpu_s"])) if run.get("cpu_s") else None,
         "GPU time": duration(float(run["gpu_s"])) if run.get("gpu_s") else None,
@@ -242,7 +254,7 @@ def _what_ran(run: Mapping[str, Any]) -> Iterator[blocks.Block]:
     for title, key in (("Versions", "versions"), ("Configuration", "config")):
         group = _group(run, key)
         if group:
-            rows = tuple((str(name), _plain(value)) for name, value in sorted(group.items()) if value is not None)
+            rows = tuple((str(name), plain(value)) for name, value in sorted(group.items()) if value is not None)
             yield blocks.Table(title, ("", ""), rows, code_columns=(1,), is_folded=True)
 
 
@@ -277,54 +289,11 @@ def _digests(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> blocks.Tabl
         "model": manifest.get("model_digest") or _group(run, "model").get("digest"),
         "preprocessing": run.get("image_spec_digest"),
         "configuration": run.get("config_digest"),
-        "corpus": source.get("digest") or source.get("corpus_digest"),
+        "input": source.get("digest") or run.get("input_digest"),
     }
     rows = tuple((name, str(value)) for name, value in named.items() if value)
     note = "SHA-256: the same digest is the same model, preprocessing, settings or input."
     return blocks.Table("Digests", ("", ""), rows, note, code_columns=(1,)) if rows else None
-
-
-# ---- words ---------------------------------------------------------------------------------------------------------
-
-
-def file_name(uri: str) -> str:
-    """The short name of an image: ``zip://folder/a.jpg::file:///x.zip`` is ``a.jpg``; a Parquet row names its file."""
-    inner, _, container = uri.partition("::")
-    name = inner.rpartition("://")[2].rstrip("/").rpartition("/")[2]
-    if inner.startswith("parquet://"):
-        return f"row {name} of {container.rpartition('/')[2]}"
-    return name or uri
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``850 ms``, ``42.3 s``, ``2 min 05 s``, ``3 h 07 min``."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _figure(number: float) -> str:
-    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
-
-
-def _share(part: int, whole: int) -> str:
-    """A percentage that says 100 only when nothing is missing."""
-    if not whole:
-        return ""
-    percent = 100 * part / whole
-    text = (
-        f"{percent:.1f}" if part in (0, whole) or 0.05 <= percent < 99.95 else ("> 99.9" if percent > 50 else "< 0.1")
-    )
-    return f"{text.removesuffix('.0')} %"
 
 
 def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:
@@ -337,29 +306,13 @@ def _group(run: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
-    return "" if value is None else str(value)
-
-
 def _source_name(run: Mapping[str, Any]) -> str:
-    source, config = run.get("source"), _group(run, "config")
-    if isinstance(source, dict):
-        source = next((source[key] for key in ("name", "uri", "path", "source") if source.get(key)), None)
-    source = source or config.get("source") or config.get("sources")
-    names = [
-        str(item).rstrip("/").rpartition("/")[2] for item in (source if isinstance(source, list) else [source]) if item
-    ]
-    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
+    source = _group(run, "source").get("path") or _group(run, "config").get("source")
+    return last_name(source) if isinstance(source, str) else ""
 
 
 def _subtitle(run: Mapping[str, Any]) -> str:
     model = _group(run, "model")
-    name = model.get("architecture") or str(model.get("path") or "").rstrip("/").rpartition("/")[2]
-    path = str(model.get("path") or "").rstrip("/").rpartition("/")[2]
-    if name and path and name != path:
-        name = f"{path} ({name})"
+    path, architecture = last_name(str(model.get("path") or "")), str(model.get("architecture") or "")
+    name = f"{path} ({architecture})" if path and architecture and path != architecture else path or architecture
     return f"by the model {name}" if name else ""

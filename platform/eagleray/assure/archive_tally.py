@@ -24,8 +24,9 @@ from eagleray.core.commits import open_scores
 
 SHEET_TILES = 24
 SCORE_BINS = 20
-BATCH_ROWS = 32_768  # with a read-ahead of two: tens of MB at most, whatever the size of the archive
+BATCH_ROWS = 32_768  # about 10 MB, whatever the size of the archive
 COLUMNS = ("id", "uri", "status", "reason", "detail", "label", "label_name", "score", "decision")
+SCHEMA = pa.schema([(name, pa.float32() if name == "score" else pa.string()) for name in COLUMNS])
 NO_REASON = "unknown"
 
 
@@ -154,16 +155,18 @@ def count_rows(folder: str | Path) -> Tally:
 
 
 def _tables(folder: str | Path) -> Iterator[pa.Table]:
-    """The rows in small tables; a column that an older run has not is null."""
-    scores = open_scores(folder)
-    present = [name for name in COLUMNS if name in scores.schema.names]
-    missing = [name for name in COLUMNS if name not in present]
-    stream = scores.to_batches(columns=present, batch_size=BATCH_ROWS, batch_readahead=2, fragment_readahead=1)
-    for batch in stream:
-        table = pa.Table.from_batches([batch])
-        for name in missing:
-            table = table.append_column(name, pa.nulls(len(table), pa.float32() if name == "score" else pa.string()))
-        yield table
+    """The rows in tables of about BATCH_ROWS; a column that an older run has not is null."""
+    held: list[pa.Table] = []
+    for part in open_scores(folder).get_fragments():  # one at a time: a scan of all reads far ahead of a slower reader
+        present = [name for name in COLUMNS if name in part.physical_schema.names]
+        for batch in part.to_batches(columns=present, batch_size=BATCH_ROWS):
+            columns = [batch.column(name) if name in present else pa.nulls(len(batch)) for name in COLUMNS]
+            held.append(pa.table(columns, list(COLUMNS)).cast(SCHEMA))
+            if sum(len(table) for table in held) >= BATCH_ROWS:
+                yield pa.concat_tables(held).combine_chunks()
+                held = []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
 
 
 def _rows(table: pa.Table) -> list[Row]:

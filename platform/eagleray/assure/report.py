@@ -189,8 +189,9 @@ class Tile:
     """One picture of a sheet.
 
     Attributes:
-        uri: Where the picture is; shown shortened, in full on hover.
+        uri: Where the picture is; in full on hover.
         lines: Caption lines, the first one strong.
+        name: Short name of the picture, shown on one line below them.
         image: ``data:image/...`` URI, or empty: then ``pages.sheets`` fills it or the page shows a plain tile.
         tag: One word on the picture, or on the plain tile in its place (a reason code, a share).
         is_unsafe: The picture must not be opened (it was refused as poison).
@@ -198,6 +199,7 @@ class Tile:
 
     uri: str
     lines: tuple[str, ...] = ()
+    name: str = ""
     image: str = ""
     tag: str = ""
     is_unsafe: bool = False

@@ -44,6 +44,15 @@ def ingest(
     ] = None,
     *,
     out: Out = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", metavar="HOW", help="folder: class folders are labels; or none.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", metavar="NAME", help="Read every source as this kind; otherwise detected.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", metavar="NAME", help="Column of a Parquet source or listing.")
+    ] = None,
     shard_images: Annotated[
         int | None, typer.Option("--shard-images", metavar="N", help="Most images of a shard.")
     ] = None,
@@ -58,15 +67,23 @@ def ingest(
     from eagleray.flows.ingest import IngestConfig, run
 
     config = common.load(
-        IngestConfig, sources=sources, out=out, shard_images=shard_images, shard_mib=shard_mib, address=address
+        IngestConfig,
+        sources=sources,
+        out=out,
+        labels=labels,
+        kind=kind,
+        image_column=image_column,
+        shard_images=shard_images,
+        shard_mib=shard_mib,
+        address=address,
     )
     corpus = run(config)
     said = {
         "corpus": config.out,
+        "uris_in": corpus.uris_in,
         "images": corpus.images,
         "duplicates": corpus.duplicates,
         "quarantined": corpus.quarantined,
-        "uris_in": corpus.uris_in,
         "shards": len(corpus.shards),
         "digest": corpus.digest,
     }
@@ -109,8 +126,8 @@ def import_model(
         weights=weights,
         labels=labels,
         size=size,
-        mean=_numbers(mean),
-        std=_numbers(std),
+        mean=mean,
+        std=std,
         interpolation=interpolation,
         crop_pct=crop_pct,
         color=color,
@@ -241,19 +258,3 @@ def _totals(said: Mapping[str, Any]) -> str:
         "page": said["report"] or "none",
     }
     return fields(lines)
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    """``"0.5,0.5,0.5"`` as numbers; what is no number is left for the config to refuse."""
-    if text is None:
-        return None
-    return [_number(word) for word in text.replace(" ", "").split(",")]
-
-
-def _number(word: str) -> float:
-    from eagleray.core.errors import ConfigError
-
-    try:
-        return float(word)
-    except ValueError:
-        raise ConfigError(f"{word!r} is no number", expected="numbers like 0.485,0.456,0.406", fix="mend it") from None

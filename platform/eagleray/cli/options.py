@@ -11,7 +11,9 @@ Example:
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ class Common:
     is_plain: bool = False
     is_debug: bool = False
 
-    def load(self, kind: type[C], **given: Any) -> C:
+    def load(self, kind: type[C], /, **given: Any) -> C:
         """Builds a verb's config: its defaults < the recipe < the options given < ``--set``.
 
         Args:
@@ -101,10 +103,13 @@ class Common:
                 f"{verb} has no config", expected="neither --recipe nor --set", fix="leave them out of the command"
             )
 
-    @property
-    def is_live(self) -> bool | None:
-        """For Progress: None lets it look at the terminal."""
-        return False if self.is_plain else None
+
+class PlainStream(io.TextIOWrapper):
+    """Standard error for ``--plain``: it says that it is no terminal, so nothing draws on it, ours or a library's."""
+
+    def isatty(self) -> bool:
+        """No."""
+        return False
 
 
 class VerbCommand(typer.core.TyperCommand):
@@ -125,6 +130,9 @@ def as_command(name: str, verb: Callable[..., Outcome]) -> Any:
             is_plain=options.pop("is_plain"),
             is_debug=options.pop("is_debug"),
         )
+
+        if common.is_plain and sys.stderr.isatty():
+            sys.stderr = PlainStream(os.fdopen(os.dup(sys.stderr.fileno()), "wb", buffering=0), write_through=True)
 
         def body() -> int:
             outcome = verb(**options, common=common)

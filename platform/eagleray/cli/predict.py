@@ -16,7 +16,8 @@ from pydantic import Field, field_validator
 from eagleray.core.config import Config
 from eagleray.infer.classifier import Classifier
 from eagleray.infer.runtimes import RUNTIMES
-from eagleray.vision.bundle import ModelBundle, load_bundle
+from eagleray.infer.runtimes.measure import candidates
+from eagleray.vision.bundle import load_bundle
 from eagleray.vision.images import ImageRefused, Limits, Reason
 
 LIMITS = Limits()
@@ -28,8 +29,8 @@ class PredictConfig(Config):
     Attributes:
         images: Paths of image files.
         model: A bundle's folder.
-        runtime: ``auto`` (the first that is installed and that the bundle has weights for: to measure would take
-            longer than a few images do) or a name of RUNTIMES.
+        runtime: ``auto`` (the soonest to start that is installed and fits the bundle: to measure would take longer
+            than a few images do) or a name of RUNTIMES.
         top_k: Labels of each image.
         threads: Engine threads.
     """
@@ -59,8 +60,8 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
         CapabilityError: The engine is not installed.
     """
     bundle = load_bundle(config.model)
-    name = quick_runtime(bundle) if config.runtime == "auto" else config.runtime
-    classifier = Classifier(bundle, name, threads=config.threads, top_k=config.top_k)
+    soonest = candidates(bundle)[:1] if config.runtime == "auto" else (config.runtime,)
+    classifier = Classifier(bundle, *soonest, threads=config.threads, top_k=config.top_k)
     rows = []
     for path in config.images:
         try:
@@ -69,12 +70,6 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
             prediction = classifier.refuse(refusal)
         rows.append({"image": path, "runtime": classifier.runtime_name, **prediction.to_json()})
     return rows
-
-
-def quick_runtime(bundle: ModelBundle) -> str:
-    """The runtime that answers soonest: an engine on the ONNX file before torch, whose import alone takes seconds."""
-    order = ("onnx", "openvino", "torch") if "model.onnx" in bundle.files else ("torch",)
-    return next((name for name in order if RUNTIMES[name].is_installed), order[0])
 
 
 def read_image(path: Path) -> bytes:

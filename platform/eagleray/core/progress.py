@@ -55,6 +55,8 @@ class Progress:
         self.quarantined += quarantined
         self.total = self.total if total is None else total
         now = time.monotonic()
+        if len(self._samples) == 1:  # the rate counts from the first answer: workers start before it
+            self._samples = [(now, self.done)]
         self._samples.append((now, self.done))
         while len(self._samples) > 2 and now - self._samples[1][0] > WINDOW_S:
             self._samples.pop(0)

@@ -30,6 +30,18 @@ class Entry:
     needs: str = ""
 
     @property
+    def version(self) -> str:
+        """The version of the package that the entry needs; empty when it needs none or none says."""
+        from importlib import metadata
+
+        for name in (self.needs, f"{self.needs}-gpu"):
+            try:
+                return metadata.version(name)
+            except (metadata.PackageNotFoundError, ValueError):
+                continue
+        return ""
+
+    @property
     def is_installed(self) -> bool:
         """Whether what the entry needs can be found, without importing it."""
         from importlib.util import find_spec
@@ -39,6 +51,21 @@ class Entry:
 
 def resolve(table: Mapping[str, Entry], name: str, *, what: str) -> Any:
     """Imports the target of one entry.
+
+    Args:
+        table: The table, e.g. RUNTIMES.
+        name: The entry's name.
+        what: The table's noun, for the message.
+
+    Raises:
+        ConfigError, CapabilityError: As ``find`` says.
+    """
+    module, attribute = find(table, name, what=what).target.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def find(table: Mapping[str, Entry], name: str, *, what: str) -> Entry:
+    """One entry, not imported yet; it is there and what it needs is installed.
 
     Args:
         table: The table, e.g. RUNTIMES.
@@ -58,8 +85,7 @@ def resolve(table: Mapping[str, Entry], name: str, *, what: str) -> Any:
             expected=f"one of those installed: {', '.join(installed(table)) or 'none'}",
             fix=f'pip install "eagleray[{entry.extra}]" -c constraints.txt',
         )
-    module, attribute = entry.target.split(":")
-    return getattr(importlib.import_module(module), attribute)
+    return entry
 
 
 def installed(table: Mapping[str, Entry]) -> tuple[str, ...]:

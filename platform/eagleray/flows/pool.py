@@ -87,6 +87,7 @@ def worker_environment() -> dict[str, str]:
         "OPENVINO_TELEMETRY_OPT_OUT": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # mimalloc maps 1 GiB ahead, which a limit on memory counts
     }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ QUIET_ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # the driver repeats an alarm of the core (ray#53727) that means nothing here
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -116,16 +118,17 @@ def _connect(ray: Any, address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=cores() + SPARE_CPUS,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-        else:
-            ray.init(address=address, runtime_env={"env_vars": worker_environment()}, **quiet)
+        with _no_native_stderr():
+            if address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=cores() + SPARE_CPUS,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **quiet,
+                )
+            else:
+                ray.init(address=address, runtime_env={"env_vars": worker_environment()}, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         first = str(error).strip().splitlines()
         raise ClusterError(
@@ -133,6 +136,20 @@ def _connect(ray: Any, address: str | None) -> None:
             expected="a running cluster, and its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token",
             fix="check the address with `ray status`, the token with `ray get-auth-token`, or leave --address out",
         ) from error
+
+
+@contextmanager
+def _no_native_stderr() -> Iterator[None]:
+    """Keeps what Ray's C++ core writes past Python out of a person's terminal while it connects."""
+    sys.stderr.flush()
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
 
 
 def pool_size(pool: Pool, where: Mapping[str, Any], num_units: int) -> int:
@@ -181,9 +198,7 @@ def map_on_ray(
         compute=ActorPoolStrategy(size=max(1, pool.workers), max_tasks_in_flight_per_actor=2),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus or None,
-        max_restarts=-1,  # bounded by the ledger: a unit has MAX_ATTEMPTS
-        max_task_retries=-1,
-    )
+    )  # Ray Data restarts dead actors and retries their tasks without end; the ledger bounds it (MAX_ATTEMPTS)
     try:
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
             for answer in batch.column("answer").to_pylist():

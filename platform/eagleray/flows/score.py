@@ -28,6 +28,7 @@ from eagleray.core.commits import Ledger
 from eagleray.core.config import Config, digest_json
 from eagleray.core.errors import ConfigError
 from eagleray.core.progress import Progress
+from eagleray.core.tables import find
 from eagleray.flows.pool import Pool, cores, map_units
 from eagleray.infer.runtimes import RUNTIMES
 from eagleray.infer.scoring import ScoreSettings
@@ -77,9 +78,9 @@ class ScoreConfig(Config):
     in_process_below: int = Field(256, ge=0)
     hang_timeout_s: float = Field(20.0, gt=0)
     memory_mib: int = Field(4096, ge=0)
-    max_pixels: int = Field(Limits.max_pixels, ge=1)
-    max_side_px: int = Field(Limits.max_side_px, ge=1)
-    max_file_mib: int = Field(Limits.max_bytes // 2**20, ge=1)
+    max_pixels: int = Field(Limits().max_pixels, ge=1)
+    max_side_px: int = Field(Limits().max_side_px, ge=1)
+    max_file_mib: int = Field(Limits().max_bytes // 2**20, ge=1)
     has_report: bool = True
 
     @field_validator("runtime")
@@ -119,12 +120,13 @@ class Plan:
         return Path(self.config.out)
 
 
-def run(config: ScoreConfig, *, is_quiet: bool = False) -> dict[str, Any]:
+def run(config: ScoreConfig, *, is_quiet: bool = False, is_live: bool | None = None) -> dict[str, Any]:
     """Scores, or resumes, or finds that there is nothing to do.
 
     Args:
         config: The run.
         is_quiet: No progress and no notes on stderr.
+        is_live: A live line (True), log lines (False), or by whether stderr is a terminal.
 
     Returns:
         The summary: totals, paths, what was done now (as run.json has it).
@@ -156,7 +158,8 @@ def run(config: ScoreConfig, *, is_quiet: bool = False) -> dict[str, Any]:
             return score_outputs.summary(previous or {}, done_now=0)
         started = datetime.now(UTC)
         score_outputs.write_running(plan, started)
-        with Progress(total=frozen.images_in, what="score", already=_rows(plan, done), is_quiet=is_quiet) as progress:
+        shown = {"already": _rows(plan, done), "is_live": is_live, "is_quiet": is_quiet}
+        with Progress(total=frozen.images_in, what="score", **shown) as progress:
             where, answers = _work(plan, units, progress)
         return score_outputs.finish(plan, ledger, where, answers, progress.history, started)
 
@@ -214,17 +217,18 @@ def _resolve_runtime(
     config: ScoreConfig, bundle: ModelBundle, device: str, previous: Mapping[str, Any] | None, note: Any
 ) -> dict[str, str]:
     """The engine of this run: as asked, as the run began with, or the fastest of those measured here."""
-    from eagleray.infer.runtimes.measure import choose_runtime, describe
-
     name = config.runtime
     if name == "auto" and previous and previous["model"]["digest"] == bundle.model_digest:
         name = previous["runtime"]["name"]  # resolved once a run, kept by a resume
     if name == "auto":
+        from eagleray.infer.runtimes.measure import choose_runtime
+
         choice = choose_runtime(bundle, threads=config.threads, device=device)
         measured = ", ".join(f"{key} {rate:,.0f} img/s" for key, rate in choice.measured.items())
         note(f"runtime auto: {choice.name}" + (f" ({measured}, one worker)" if measured else ""))
         name = choice.name
-    return {"name": name, "device": device, **describe(name, bundle)}
+    entry = find(RUNTIMES, name, what="runtime")
+    return {"name": name, "version": entry.version, "device": device, "precision": "fp32"}
 
 
 def _say_what_changed(plan: Plan, previous: Mapping[str, Any] | None, note: Any) -> None:

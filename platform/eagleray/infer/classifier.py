@@ -81,6 +81,11 @@ class Classifier:
         self._digest = self.bundle.model_digest
 
     @property
+    def top_k(self) -> int:
+        """How many labels each prediction carries."""
+        return self._top_k
+
+    @property
     def runtime_name(self) -> str:
         """The runtime's name in RUNTIMES."""
         return self._runtime.name

@@ -1,7 +1,7 @@
-"""The one ONNX: input "image" (float32 N,3,H,W), outputs "logits" and "embedding", batch axis "batch", one file, no pickle.
+"""The one ONNX: input "image" (float32 N,3,H,W), outputs "logits" and "embedding", batch axis "batch", one file.
 
-The same model gives the same bytes: traces of the exporting machine (stack traces, names of files) are taken out, so that an
-import can be repeated and compared by digest.
+The same model gives the same bytes: traces of the exporting machine (stack traces, names of files) are taken out, so
+that an import can be repeated and compared by digest.
 
 Example:
     >>> data = export_onnx(model, draft)
@@ -114,7 +114,6 @@ def _describe(proto: Any, draft: ModelBundle) -> None:
         "image_spec": draft.image_spec.to_json(),
         "output": draft.output,
         "policy": draft.policy.to_json() if draft.policy else None,
-        "source": draft.lineage.get("source"),
     }
     for key, value in words.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value, sort_keys=True))

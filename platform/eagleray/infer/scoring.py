@@ -76,9 +76,9 @@ class ScoreSettings:
     hang_timeout_s: float = 20.0
     memory_mib: int = 4096
     duplicates: str = ""
-    max_pixels: int = Limits.max_pixels
-    max_side_px: int = Limits.max_side_px
-    max_bytes: int = Limits.max_bytes
+    max_pixels: int = Limits().max_pixels
+    max_side_px: int = Limits().max_side_px
+    max_bytes: int = Limits().max_bytes
 
     @property
     def limits(self) -> Limits:
@@ -118,7 +118,7 @@ class ShardScorer:
         )
         self._threads = ThreadPoolExecutor(s.decode_threads, thread_name_prefix="decode")
         self._duplicates = score_rows.Duplicates(s.duplicates)
-        _limit_memory(s.memory_mib if s.device == "cpu" else 0)
+        _limit_process(s.memory_mib if s.device == "cpu" else 0)
 
     def __call__(self, unit: Mapping[str, Any]) -> dict[str, Any]:
         """Scores and commits one unit.
@@ -162,7 +162,9 @@ class ShardScorer:
         s, classifier = self._settings, self._classifier
         answers = score_rows.Answers(classifier, rows.num_images, has_embeddings=s.has_embeddings)
         sandbox: AbstractContextManager[SandboxedDecoder | None]
-        sandbox = SandboxedDecoder(timeout_s=s.hang_timeout_s) if is_careful else nullcontext()
+        sandbox = nullcontext()
+        if is_careful:
+            sandbox = SandboxedDecoder(timeout_s=s.hang_timeout_s, memory_mib=min(1024, s.memory_mib or 1024))
         spec = classifier.bundle.image_spec
         buffers = [np.empty((s.batch_size, spec.height, spec.width, 3), np.uint8) for _ in range(2)]
         guard = _HangGuard(s.hang_timeout_s)
@@ -284,15 +286,19 @@ class _HangGuard:
         self._sink.close()
 
 
-def _limit_memory(mib: int) -> None:
-    """Bounds what this process may allocate from here on, so that one image cannot take the node's memory."""
-    if mib <= 0:
-        return
+def _limit_process(memory_mib: int) -> None:
+    """Bounds what this process may allocate from here on, so that one image cannot take the node's memory.
+
+    A worker that dies leaves no core file: writing a gigabyte would take longer than replacing it.
+    """
     import resource
 
     import psutil
 
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if memory_mib <= 0:
+        return
     used = psutil.Process().memory_info().data
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = used + mib * 2**20
+    limit = used + memory_mib * 2**20
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))

@@ -79,15 +79,26 @@ def _environment() -> Environment:
         visible=wording.visible,
         lines=lambda text: wording.visible(text, keep="\n"),
         shorten=lambda text, limit: wording.shorten(wording.visible(text), limit),
+        ends=wording.ends,
         hover=lambda text: wording.shorten(wording.visible(text), LONGEST_TITLE),
         number=wording.number,
         moment=wording.moment,
         kind=lambda block: type(block).__name__.lower(),
         plot=lambda block: Markup(draw[type(block)](block)),  # noqa: S704  plots escapes every text it is given
+        stacks=_stacks,
         is_facts=lambda table: not any(table.columns),
         is_figure=lambda cell: isinstance(cell, int | float),
     )
     return environment
+
+
+def _stacks(charts: Sequence[Bars | Histogram | Line]) -> list[list[Bars | Histogram | Line]]:
+    """The two columns of charts: names on the left, curves on the right; of one sort only, they alternate."""
+    named = [chart for chart in charts if isinstance(chart, Bars)]
+    drawn = [chart for chart in charts if not isinstance(chart, Bars)]
+    if named and drawn:
+        return [named, drawn]
+    return [list(stack) for stack in (charts[::2], charts[1::2]) if stack]
 
 
 def _groups(blocks: Sequence[Block]) -> Iterator[tuple[str, list[Any]]]:

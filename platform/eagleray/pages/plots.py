@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 
+from eagleray.assure import phrases
 from eagleray.assure.report import Bars, Histogram, Line
 from eagleray.pages import wording
 
@@ -33,7 +35,7 @@ def bars(block: Bars) -> str:
     for bar in block.bars:
         label, key = wording.visible(bar.label), wording.visible(bar.key)
         name = f"<bdi>{escape(wording.shorten(label, 60))}</bdi>"
-        share = f'<td class="n soft">{escape(wording.percent(bar.value, whole))}</td>' if whole is not None else ""
+        share = f'<td class="n soft">{escape(phrases.share(bar.value, whole))}</td>' if whole is not None else ""
         width = max(100 * bar.value / top, 0.4 if bar.value > 0 else 0.0)
         rows.append(
             f'<tr title="{escape(f"{label} {key}".strip())}"><th scope="row">{name}</th>'
@@ -51,9 +53,9 @@ def histogram(block: Histogram) -> str:
     """Bars between edges, over a linear axis, with the numbers in a folded table."""
     first, last = block.edges[0], block.edges[-1]
     span = (last - first) or 1.0
-    ticks = nice_ticks(max(block.counts))
+    ticks = nice_ticks(max(block.counts), is_count=True)
     marks = []
-    for left, right, count in zip(block.edges, block.edges[1:], block.counts, strict=True):
+    for (left, right), count in zip(pairwise(block.edges), block.counts, strict=True):
         x, width = 100 * (left - first) / span, 100 * (right - left) / span
         height = max(100 * count / ticks[-1], 0.7) if count else 0.0
         told = f"{_edge(left)} to {_edge(right)}: {count:,} {block.y_label}".strip()
@@ -87,9 +89,8 @@ def line(block: Line) -> str:
     )
     if block.reference is not None:
         y = 100 - 100 * block.reference / ticks[-1]
-        label = escape(wording.visible(block.reference_label))
         marks += f'<line class="level" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>'
-        marks += f'<text class="halo" x="100%" y="{y:.2f}%" dy="-6" text-anchor="end">{label}</text>'
+        marks += _level_label(block.reference_label, y, ys[0] - block.reference, ys[-1] - block.reference)
     if block.x_unit == "s":
         x_ticks = [(100 * (tick - first) / span, label) for tick, label in time_ticks(last)]
     else:
@@ -101,14 +102,28 @@ def line(block: Line) -> str:
     return _frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
 
 
-def nice_ticks(top: float) -> list[float]:
-    """From 0 up to at least ``top`` (>= 0) in at most NUM_TICKS steps of 1, 2, 2.5 or 5 times a power of ten."""
+def _level_label(label: str, y: float, at_start: float, at_end: float) -> str:
+    """The text of a reference level, at the end and on the side where the line is farther away."""
+    is_left = abs(at_start) > abs(at_end)
+    is_below = (at_start if is_left else at_end) > 0
+    place = f'x="{0 if is_left else 100}%" dx="{6 if is_left else 0}" y="{y:.2f}%" dy="{16 if is_below else -7}"'
+    anchor = "start" if is_left else "end"
+    return f'<text class="halo" {place} text-anchor="{anchor}">{escape(wording.visible(label))}</text>'
+
+
+def nice_ticks(top: float, *, is_count: bool = False) -> list[float]:
+    """From 0 up to at least ``top`` (>= 0) in at most NUM_TICKS steps of 1, 2, 2.5 or 5 times a power of ten.
+
+    Args:
+        top: The largest value.
+        is_count: Whether halves make no sense.
+    """
     if top <= 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(top / NUM_TICKS))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * NUM_TICKS >= top * (1 - 1e-9))
-    if top == int(top) and step < 1:
-        step = 1.0  # counts have no halves
+    if is_count and step != int(step):
+        step = float(math.ceil(step))
     return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
 
 
@@ -123,7 +138,7 @@ def time_ticks(last_s: float) -> list[tuple[float, str]]:
     elif last_s <= 3 * wording.HOUR_S:
         steps, unit_s, unit = MINUTE_STEPS, wording.MINUTE_S, "min"
     step = next((step for step in steps if last_s / step <= NUM_TICKS), steps[-1] * math.ceil(last_s / steps[-1] / 5))
-    return [(tick, f"{tick // unit_s:,} {unit}") for tick in range(0, int(last_s) + 1, step)]
+    return [(tick, f"{tick // unit_s:,} {unit}" if tick else "0") for tick in range(0, int(last_s) + 1, step)]
 
 
 def _inner_ticks(first: float, last: float) -> list[float]:
@@ -166,7 +181,7 @@ def _frame(
 def _numbers(block: Histogram) -> str:
     rows = "".join(
         f"<tr><td>{_edge(left)} to {_edge(right)}</td><td class='n'>{count:,}</td></tr>"
-        for left, right, count in zip(block.edges, block.edges[1:], block.counts, strict=True)
+        for (left, right), count in zip(pairwise(block.edges), block.counts, strict=True)
     )
     x_label, y_label = (escape(wording.visible(label)) for label in (block.x_label, block.y_label))
     return (

@@ -1,7 +1,7 @@
 """Contact sheets: finds the pictures that a Report's tiles name and puts small ones in: the page needs no network.
 
-A picture is decoded at the scale it is shown, by the same safe decoder as for scoring. One that was refused as poison is
-never opened; one that ends early is shown as far as it goes; where nothing can be shown, the page draws a plain tile.
+A picture is decoded at the scale it is shown, by the same safe decoder as for scoring. One that was refused as poison
+is never opened; one that ends early is shown as far as it goes; where nothing can be shown, the page has a plain tile.
 
 Example:
     >>> report = with_pictures(report, read_image=lambda uri: Path(uri.removeprefix("file://")).read_bytes())
@@ -40,7 +40,10 @@ def with_pictures(report: Report, read_image: ReadImage) -> Report:
         if tile.image or tile.is_unsafe:
             return tile
         if tile.uri not in made:
-            data = read_image(tile.uri)
+            try:
+                data = read_image(tile.uri)
+            except OSError:  # an archive that has moved since: the page is made without its pictures
+                data = None
             made[tile.uri] = thumbnail(data) if data else ""
         return dataclasses.replace(tile, image=made[tile.uri])
 
@@ -83,7 +86,9 @@ def _what_is_there(data: bytes, header: Header, spec: Any) -> np.ndarray | None:
     """The part of a cut or damaged JPEG that can be read, the rest gray; its size has been checked by ``probe``."""
     if header.format != "JPEG":
         return None
+    import numpy as np
     import simplejpeg
+    from PIL import Image
 
     try:
         pixels: np.ndarray = simplejpeg.decode_jpeg(
@@ -91,8 +96,9 @@ def _what_is_there(data: bytes, header: Header, spec: Any) -> np.ndarray | None:
         )
     except ValueError:
         return None
-    step = max(1, max(pixels.shape[:2]) // SIDE_PX)
-    return pixels[::step, ::step]
+    small = Image.fromarray(pixels)
+    small.thumbnail((spec.width, spec.height))
+    return np.asarray(small)
 
 
 def _data_uri(rgb_u8_hwc: np.ndarray) -> str:

@@ -51,6 +51,17 @@ def shorten(text: str, limit: int = 64) -> str:
     return f"{text[: limit - tail - 1]}…{text[-tail:]}"
 
 
+def ends(text: str, tail: int = 9) -> tuple[str, str]:
+    """A visible name as its beginning, which a page may cut, and its end (the number, the suffix), which it may not.
+
+    Args:
+        text: Any text.
+        tail: Characters of the end.
+    """
+    text = shorten(visible(text), 80)
+    return (text, "") if len(text) <= 2 * tail else (text[:-tail], text[-tail:])
+
+
 def number(value: str | int | float | None) -> str:
     """A number with thousands separators; text as it stands; nothing as a dash."""
     if value is None:
@@ -64,23 +75,13 @@ def number(value: str | int | float | None) -> str:
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def percent(part: float, whole: float) -> str:
-    """A share; never 0 or 100 % unless it is."""
-    if whole <= 0:
-        return "–"
-    share = 100 * part / whole
-    if 0 < share < 0.1:
-        return "< 0.1 %"
-    if 99.9 < share < 100:
-        return "> 99.9 %"
-    return f"{share:.1f} %" if share < 99.95 else "100 %"
-
-
 def axis_number(value: float, step: float) -> str:
     """A tick's text: as many decimals as the step needs; large ones in thousands or millions."""
     for size, suffix in ((1e9, " bn"), (1e6, " M"), (1e3, "k")):
         if step >= size / 10 and step >= 1000:
             return f"{value / size:.10g}{suffix}" if value else "0"
+    if step < 1e-4:
+        return f"{value:.3g}"
     decimals = 0
     while decimals < 6 and abs(round(step, decimals) - step) > step * 1e-6:
         decimals += 1

@@ -31,7 +31,7 @@ ensure_importable()
 import timm  # noqa: E402  torchvision must be importable first
 from timm.data import ImageNetInfo, infer_imagenet_subset  # noqa: E402
 from timm.data.model_config import resolve_input_data_config  # noqa: E402
-from timm.models import get_model_args  # noqa: E402
+from timm.models import get_model_args, get_model_input_config  # noqa: E402
 from timm.models._hub import save_config_for_hf  # noqa: E402  timm 1.0.31 gives it no public name
 
 SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
@@ -106,7 +106,7 @@ def create(backbone: Backbone) -> nn.Module:
 
 @contextlib.contextmanager
 def _offline_when_cut_off() -> Iterator[None]:
-    """Asks the hub's cache only when its host has no address here: its retries would else take 47 s to fail (measured)."""
+    """Asks only the hub's cache when its host has no address here: its retries would take 47 s to fail (measured)."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -120,6 +120,17 @@ def _offline_when_cut_off() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def size_args(name: str, size_px: int) -> dict[str, Any]:
+    """The arguments that make an architecture of fixed input size take another; none where any size will do."""
+    if not is_timm_name(name) or name.startswith(SOURCES):
+        return {}
+    with torch.device("meta"):
+        model = timm.create_model(name.split(".", maxsplit=1)[0])
+    current = get_model_input_config(model)
+    is_other = tuple(current["input_size"][1:]) != (size_px, size_px)
+    return {"img_size": size_px} if current["fixed_input_size"] and is_other else {}
 
 
 def architecture_of(model: nn.Module) -> str:
@@ -193,7 +204,7 @@ def hub_config(model: nn.Module, spec: ImageSpec, labels: Sequence[Label]) -> di
     return config
 
 
-class WithEmbedding(nn.Module):
+class WithEmbedding(nn.Module):  # type: ignore[misc]
     """A timm model that gives (logits (N, C), embedding (N, D)): the embedding is the input of the last layer.
 
     Args:

@@ -1,7 +1,7 @@
 """The model bundle: weights, labels, preprocessing, thresholds and lineage, saved and loaded as one thing.
 
-A bundle is a folder: ``bundle.json``, ``model.safetensors`` and/or ``model.onnx``, and ``config.json`` where the architecture
-is timm's, so that ``timm.create_model("local-dir:BUNDLE", pretrained=True)`` loads it. Every file's SHA-256 stands in
+A bundle is a folder: ``bundle.json``, ``model.safetensors`` and/or ``model.onnx``, and ``config.json`` where the
+architecture is timm's, so that ``timm.create_model("local-dir:BUNDLE")`` loads it. Every file's SHA-256 stands in
 bundle.json and bundle.json holds its own: a changed, missing or added file is refused by name. Weights are parsed only
 from bytes whose digest was just checked (read_verified). No pickle.
 

@@ -1,29 +1,24 @@
 """Bytes to pixels: simplejpeg for JPEG, Pillow for the rest, both held to the written policy below.
 
-Pixel policy (docs/adr of the images module): gray stays gray and is repeated on three channels; a palette gives its colours;
-alpha and tRNS are dropped, not composited (as Pillow's ``convert("RGB")``, which timm's reference uses); CMYK and YCCK go through
-Pillow's plain conversion, Adobe's inversion undone; 9 to 16 bits are scaled to 8 by their high bits, never clipped; 32-bit and
-float pixels are refused (``format_refused``), as no white point is agreed for them; ICC profiles are not applied; of an
-animation or a multi-page file the first frame counts.
+Pixel policy: gray stays gray and is repeated on three channels; a palette gives its colours; alpha and tRNS are
+dropped, not composited (Pillow's ``convert("RGB")``, which the reference of timm and torchvision uses, does so); CMYK
+and YCCK go through Pillow's plain conversion with Adobe's inversion undone; 9 to 16 bits are scaled to 8 by their high
+bits, never clipped; 32-bit and float pixels are refused (``format_refused``), as no white point is agreed for them; ICC
+profiles are not applied; of an animation or a multi-page file the first frame counts.
 
-Damage policy: what ends early is ``truncated``. A JPEG whose decoder warns is accepted where the damage is outside the entropy
-data (extraneous bytes) or bounded by restart markers, and where Pillow reads it too; else it is ``corrupt``.
+Damage policy: what ends early is ``truncated``. A JPEG whose decoder warns is accepted where the damage lies outside
+the entropy data (extraneous bytes) or is bounded by restart markers, and Pillow reads it too; else it is ``corrupt``.
 
 Example:
-    >>> picture = load(data, Limits(), needed=(341, 256))
+    >>> picture = load(data, Limits(), needed=spec.resized)
     >>> picture.image.size, picture.reduction
-    ((500, 375), 1)
+    ((500, 375), 8)
 """
 
 from __future__ import annotations
 
 import io
-import struct
-import threading
-import warnings
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -31,9 +26,10 @@ from importlib import import_module
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, _imaging
 
-from eagleray.vision.image_containers import read_jpeg, read_png, read_tiff, read_webp
+from eagleray.vision.codec_faults import CODEC_FAULTS, pillow_guard, refusal
+from eagleray.vision.image_containers import read_gif, read_jpeg, read_png, read_tiff, read_webp
 from eagleray.vision.image_headers import (
     Header,
     ImageRefused,
@@ -47,6 +43,14 @@ from eagleray.vision.image_headers import (
     upright,
     xmp_orientation,
 )
+
+# From the upright (width, height) of a picture to the one that it will be resized to.
+Resized = Callable[[int, int], tuple[int, int]]
+
+# A reduced decode must stay this much larger than the resize that follows. Against the exact resize, on a 10 MP photo
+# of foliage (the worst natural picture we have): mean |d| 2.1 at 1.25, 1.5 at 1.46, 1.0 at 1.8 of 255 (docs/log.md).
+# 1.45 still lets 12 MP (4000 x 3000) go to 256 px by way of 1/8.
+_REDUCTION_MARGIN = 1.45
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +72,10 @@ class Picture:
     @property
     def stored_size(self) -> tuple[int, int]:
         """(width, height) in pixels of the whole picture as ``image`` lies, at full size."""
-        return self.header.stored_size if self.turn == self.header.orientation else (self.header.width, self.header.height)
+        return (self.header.height, self.header.width) if self.turn >= 5 else (self.header.width, self.header.height)
 
 
-# Whatever a codec raises on broken input. Found by fuzzing and by reading Pillow's plugins; MemoryError is apart.
-_CODEC_FAULTS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    EOFError,
-    struct.error,
-    zlib.error,
-)
-_TRUNCATED_TEXTS = ("truncated", "premature end", "buffer is not large enough", "unexpected end", "not enough data")
 _PLUGINS = {
-    "JPEG": "PIL.JpegImagePlugin",
     "PNG": "PIL.PngImagePlugin",
     "WEBP": "PIL.WebPImagePlugin",
     "AVIF": "PIL.AvifImagePlugin",
@@ -96,7 +83,7 @@ _PLUGINS = {
     "BMP": "PIL.BmpImagePlugin",
     "TIFF": "PIL.TiffImagePlugin",
 }
-# Pillow mode -> mode without palette, alpha or ink. A mode that is not here is refused.
+# Pillow mode -> mode without palette, alpha or ink. A mode that is in neither table is refused.
 _PLAIN_MODES = {
     "L": "L",
     "RGB": "RGB",
@@ -112,56 +99,6 @@ _PLAIN_MODES = {
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def refusal(fault: BaseException, doing: str) -> ImageRefused:
-    """The typed reason for what a codec raised."""
-    if isinstance(fault, MemoryError):
-        return ImageRefused(Reason.POISON, f"{doing} needs more memory than there is")
-    if isinstance(fault, Image.DecompressionBombError):
-        return ImageRefused(Reason.TOO_LARGE, "over Pillow's own cap of pixels")
-    text = str(fault).lower()
-    if "decompressed data too large" in text:
-        return ImageRefused(Reason.TOO_LARGE, "metadata that inflates beyond Pillow's cap")
-    is_cut = isinstance(fault, EOFError) or any(part in text for part in _TRUNCATED_TEXTS)
-    detail = "the header cannot be read" if isinstance(fault, UnidentifiedImageError) else str(fault)[:200]
-    return ImageRefused(Reason.TRUNCATED if is_cut else Reason.CORRUPT, f"{doing}: {detail or type(fault).__name__}")
-
-
-class _PillowGuard:
-    """Holds Pillow strict and silent while any thread decodes, whatever the rest of the process has set.
-
-    ``ImageFile.LOAD_TRUNCATED_IMAGES`` and the warning filters are global. The first thread in sets them, the last one out
-    restores them; ``warnings.catch_warnings`` alone is not safe between threads.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._accepts_truncated = False
-        self._filter: object = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._accepts_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
-                ImageFile.LOAD_TRUNCATED_IMAGES = False
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-                self._filter = warnings.filters[0]
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    ImageFile.LOAD_TRUNCATED_IMAGES = self._accepts_truncated
-                    if self._filter in warnings.filters:
-                        warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
-
-
-_pillow_guard = _PillowGuard()
-
-
 def read_header(data: bytes, limits: Limits) -> Header:
     """Format, upright size and orientation; no pixel is allocated.
 
@@ -171,33 +108,54 @@ def read_header(data: bytes, limits: Limits) -> Header:
     format_ = _checked_format(data, limits)
     if format_ == "JPEG":
         return read_jpeg(data, limits).header
-    if format_ == "PNG":
-        return read_png(data, limits)[0]
-    if format_ == "WEBP":
-        return read_webp(data, limits)
-    if format_ == "TIFF":
-        return read_tiff(data, limits)
-    with _pillow_guard():
+    known, _ = _read_container(data, format_, limits)
+    if known is not None:
+        return known
+    with pillow_guard():
         return _opened(data, format_, limits)[1]
 
 
-def load(data: bytes, limits: Limits, *, needed: Callable[[int, int], tuple[int, int]] | None = None) -> Picture:
+def load(data: bytes, limits: Limits, *, needed: Resized | None = None) -> Picture:
     """Decodes once, whole.
 
     Args:
         data: A file's bytes.
         limits: Caps.
-        needed: From the upright (width, height) in pixels to the one that the caller will resize the whole picture to.
-            When given, a JPEG is decoded at 1/2, 1/4 or 1/8 where that still is no smaller.
+        needed: What the caller will resize the whole picture to. When given, a JPEG is decoded at 1/2, 1/4 or 1/8
+            where that leaves enough for the resize.
 
     Raises:
         ImageRefused: With any reason but ``unreadable``.
     """
+    _keep_freed_memory()
     format_ = _checked_format(data, limits)
     if format_ == "JPEG":
         return _load_jpeg(data, read_jpeg(data, limits), needed)
-    with _pillow_guard():
+    with pillow_guard():
         return _load_by_pillow(data, format_, limits)
+
+
+def load_rgb(data: bytes, limits: Limits) -> tuple[Header, NDArray[np.uint8], int]:
+    """Decodes once, whole, at full size, into an array.
+
+    Returns:
+        The header; uint8 (height, width, 3 or 1) as stored; the EXIF orientation still to apply.
+
+    Raises:
+        ImageRefused: With any reason but ``unreadable``.
+    """
+    if _checked_format(data, limits) == "JPEG":
+        frame = read_jpeg(data, limits)
+        pixels = _decode_jpeg(data, frame, "RGB", 1)
+        if pixels is not None:
+            return frame.header, pixels, frame.header.orientation
+    picture = load(data, limits)
+    return picture.header, as_array(picture.image), picture.turn
+
+
+def as_array(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 (height, width, 3 or 1), read-only, of an image in mode RGB or L."""
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1)
 
 
 def _checked_format(data: bytes, limits: Limits) -> str:
@@ -205,69 +163,91 @@ def _checked_format(data: bytes, limits: Limits) -> str:
     return sniff(data)
 
 
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Lets glibc keep up to 16 MB of freed memory a heap, by freeing one block of 8 MB (which was never touched).
+
+    By its defaults it hands the 1.2 MB of a 500 x 375 decode back after each image and faults them in again: 310 page
+    faults, 1.2 of 3.8 ms. The thresholds follow the largest block that was freed. Source: mallopt(3), M_MMAP_THRESHOLD.
+    """
+    np.empty(8 * 2**20, np.uint8)
+
+
 # ---- JPEG
 
 
 def _reduction(stored: tuple[int, int], needed: tuple[int, int]) -> int:
-    """The strongest of the reductions that libjpeg-turbo has SIMD code for whose result is no smaller than needed."""
+    """The strongest reduction that libjpeg-turbo has SIMD code for and that leaves enough for the resize.
+
+    The other N/8 do not pay: measured at 500 x 375, 5/8 to 7/8 take longer than the whole.
+    """
     for factor in (8, 4, 2):
-        if -(-stored[0] // factor) >= needed[0] and -(-stored[1] // factor) >= needed[1] and min(stored) >= 64:
+        if min(stored) >= 64 and all(
+            -(-have // factor) >= _REDUCTION_MARGIN * need for have, need in zip(stored, needed, strict=True)
+        ):
             return factor
     return 1
 
 
-def _load_jpeg(data: bytes, frame: JpegFrame, needed: Callable[[int, int], tuple[int, int]] | None) -> Picture:
-    header = frame.header
-    stored = header.stored_size
-    factor = 1
+def _load_jpeg(data: bytes, frame: JpegFrame, needed: Resized | None) -> Picture:
+    header, factor = frame.header, 1
     if needed is not None:
         across, down = needed(header.width, header.height)
-        factor = _reduction(stored, (down, across) if header.orientation >= 5 else (across, down))
-    if frame.num_components == 4:
+        factor = _reduction(header.stored_size, (down, across) if header.orientation >= 5 else (across, down))
+    pixels = _decode_jpeg(data, frame, "GRAY" if frame.num_components == 1 else "RGBX", factor)
+    if pixels is None:
         return _load_jpeg_by_pillow(data, header)
+    height, width, channels = pixels.shape
+    if channels == 1:
+        image = Image.frombuffer("L", (width, height), pixels, "raw", "L", 0, 1)
+    else:
+        image = _as_rgb(pixels)
+    return Picture(header, header.orientation, image, factor)
+
+
+def _decode_jpeg(data: bytes, frame: JpegFrame, colorspace: str, factor: int) -> NDArray[np.uint8] | None:
+    """uint8 (height, width, channels) as stored, at 1/factor; None where Pillow has to have the last word.
+
+    Raises:
+        ImageRefused: ``truncated``, ``corrupt`` or ``poison``.
+    """
+    if frame.num_components == 4:
+        return None
+    width, height = frame.header.stored_size
+    smallest = {} if factor == 1 else {"min_width": -(-width // factor), "min_height": -(-height // factor)}
+    pixels: NDArray[np.uint8]
     try:
-        pixels = _decode_jpeg(data, "GRAY" if frame.num_components == 1 else "RGBX", stored, factor)
+        pixels = simplejpeg.decode_jpeg(data, colorspace, **smallest)
     except MemoryError as fault:
         raise refusal(fault, "JPEG") from fault
     except (ValueError, RuntimeError) as fault:
         reason = _judge_warning(str(fault), frame)
         if reason is not None:
             raise ImageRefused(reason, f"JPEG: {str(fault)[:200]}") from fault
-        return _load_jpeg_by_pillow(data, header)
-    height, width = pixels.shape[:2]
-    if pixels.shape[2] == 1:
-        return Picture(header, header.orientation, Image.frombuffer("L", (width, height), pixels, "raw", "L", 0, 1), factor)
-    return Picture(header, header.orientation, _as_rgb(pixels), factor)
-
-
-def _decode_jpeg(data: bytes, colorspace: str, stored: tuple[int, int], factor: int) -> NDArray[np.uint8]:
-    """uint8 (height, width, channels) at 1/factor; raises ValueError on any warning of the decoder."""
-    if factor == 1:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace)
-        return pixels
-    width, height = -(-stored[0] // factor), -(-stored[1] // factor)
-    pixels = simplejpeg.decode_jpeg(data, colorspace, min_height=height, min_width=width)
+        return None
+    if pixels.shape[:2] != (-(-height // factor), -(-width // factor)):
+        raise ImageRefused(Reason.CORRUPT, f"JPEG: {width} x {height} in its header, {pixels.shape} read")
     return pixels
 
 
 def _as_rgb(pixels_rgbx: NDArray[np.uint8]) -> Image.Image:
     """uint8 (height, width, 4) as an RGB image, over the same memory where Pillow can.
 
-    Pillow keeps RGB in 4 bytes a pixel, so no byte need move: ``fromarray`` would copy (0.1 ms at 500 x 375, 9 ms at 12 MP),
-    and resizing RGB is a fifth faster than resizing RGBX.
+    Pillow keeps RGB in 4 bytes a pixel, so no byte need move: ``fromarray`` would copy (0.1 ms at 500 x 375, 9 ms at
+    12 MP), and resizing RGB is a fifth faster than resizing RGBX.
     """
     size = (pixels_rgbx.shape[1], pixels_rgbx.shape[0])
     if _maps_rgb():
-        return Image.Image()._new(Image.core.map_buffer(pixels_rgbx, size, "raw", 0, ("RGB", 0, 1)))
+        return Image.Image()._new(_imaging.map_buffer(pixels_rgbx, size, "raw", 0, ("RGB", 0, 1)))
     return Image.frombuffer("RGBX", size, pixels_rgbx, "raw", "RGBX", 0, 1).convert("RGB")
 
 
 @lru_cache(maxsize=1)
 def _maps_rgb() -> bool:
-    """Whether this Pillow lays an RGB image over a buffer. What ``frombuffer`` calls does; it is not Pillow's public face."""
+    """Whether this Pillow lays an RGB image over a buffer: what ``frombuffer`` calls does, but it is no public name."""
     probe = np.array([[[1, 2, 3, 4], [5, 6, 7, 8]]], np.uint8)
     try:
-        image = Image.Image()._new(Image.core.map_buffer(probe, (2, 1), "raw", 0, ("RGB", 0, 1)))
+        image = Image.Image()._new(_imaging.map_buffer(probe, (2, 1), "raw", 0, ("RGB", 0, 1)))
         return image.mode == "RGB" and image.tobytes() == bytes([1, 2, 3, 5, 6, 7])
     except (AttributeError, TypeError, ValueError):
         return False
@@ -286,40 +266,46 @@ def _judge_warning(text: str, frame: JpegFrame) -> Reason | None:
 
 
 def _load_jpeg_by_pillow(data: bytes, header: Header) -> Picture:
-    """For CMYK and YCCK, odd sampling, and files with harmless extra bytes: Pillow's decoder has the last word."""
-    with _pillow_guard():
+    """For CMYK and YCCK, odd sampling, and harmless extra bytes: Pillow's decoder says whether it can be read."""
+    with pillow_guard():
+        import_module("PIL.JpegImagePlugin")
         try:
             image = Image.open(io.BytesIO(data), formats=("JPEG",))
             image.load()
             return Picture(header, header.orientation, _plain(image))
-        except (MemoryError, Image.DecompressionBombError, *_CODEC_FAULTS) as fault:
+        except (MemoryError, *CODEC_FAULTS) as fault:
             raise refusal(fault, "JPEG") from fault
 
 
 # ---- all other formats
 
 
+def _read_container(data: bytes, format_: str, limits: Limits) -> tuple[Header | None, bytes]:
+    """The header where our own walk of the container knows it, and the bytes that a codec is to see."""
+    if format_ == "PNG":
+        return read_png(data, limits)
+    if format_ == "WEBP":
+        return read_webp(data, limits), data
+    if format_ == "TIFF":
+        return read_tiff(data, limits), data
+    if format_ == "GIF":
+        read_gif(data, limits)  # the first frame may be larger than the screen: Pillow says the size
+    return None, data
+
+
 def _opened(data: bytes, format_: str, limits: Limits) -> tuple[Image.Image, Header]:
     """The image as Pillow opens it, no pixel loaded, and its header; the caps are checked before and after."""
-    known: Header | None = None
-    if format_ == "PNG":
-        known, data = read_png(data, limits)
-    elif format_ == "WEBP":
-        known = read_webp(data, limits)
-    elif format_ == "TIFF":
-        known = read_tiff(data, limits)
+    known, data = _read_container(data, format_, limits)
     plugin = import_module(_PLUGINS[format_])
     if format_ == "AVIF":
-        plugin.DEFAULT_MAX_THREADS = 1  # type: ignore[attr-defined]
+        plugin.DEFAULT_MAX_THREADS = 1  # type: ignore[attr-defined]  # one actor a core: no threads beside ours
     try:
         image = Image.open(io.BytesIO(data), formats=(format_,))
         check_size(*image.size, limits)
         if known is None:
-            orientation = exif_orientation(image.info.get("exif") or b"") or xmp_orientation(
-                image.info.get("xmp") or b""
-            )
-            known = upright(format_, *image.size, orientation or 1)
-    except (MemoryError, Image.DecompressionBombError, *_CODEC_FAULTS) as fault:
+            exif, xmp = image.info.get("exif") or b"", image.info.get("xmp") or b""
+            known = upright(format_, *image.size, exif_orientation(exif) or xmp_orientation(xmp) or 1)
+    except (MemoryError, *CODEC_FAULTS) as fault:
         raise refusal(fault, format_) from fault
     if image.mode not in _PLAIN_MODES and image.mode not in _DEEP_MODES:
         raise ImageRefused(Reason.FORMAT_REFUSED, f"{format_} pixels of mode {image.mode} have no agreed scale")
@@ -331,11 +317,11 @@ def _load_by_pillow(data: bytes, format_: str, limits: Limits) -> Picture:
     try:
         image.load()
         plain = _plain(image)
-    except (MemoryError, Image.DecompressionBombError, *_CODEC_FAULTS) as fault:
+    except (MemoryError, *CODEC_FAULTS) as fault:
         raise refusal(fault, format_) from fault
     picture = Picture(header, 1 if format_ == "TIFF" else header.orientation, plain)
     if plain.size != picture.stored_size:
-        raise ImageRefused(Reason.CORRUPT, f"{format_}: {picture.stored_size} by its header, {plain.size} by its pixels")
+        raise ImageRefused(Reason.CORRUPT, f"{format_}: {picture.stored_size} in its header, {plain.size} read")
     return picture
 
 
@@ -353,7 +339,6 @@ def _plain(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit gray to 8 by the high bits; a TIFF of fewer bits (12) says so in BitsPerSample."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))[0]
-    deep = np.asarray(image)
-    return Image.fromarray((deep >> (bits - 8 if 8 < bits < 16 else 8)).astype(np.uint8))
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]
+    shift = bits - 8 if 8 < bits < 16 else 8
+    return Image.fromarray((np.asarray(image) >> shift).astype(np.uint8))

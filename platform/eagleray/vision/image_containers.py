@@ -1,8 +1,8 @@
-"""Walks the container of a JPEG, PNG, WebP or TIFF file: the size, the EXIF orientation, and what must not be unpacked.
+"""Walks the container of an image file: the size, the EXIF orientation, and what must not be unpacked.
 
 A codec library reads a container to decode it; this walk runs before that, on the bytes alone, so that caps hold before
-anything is allocated or inflated: the number of PNG chunks and TIFF strips, scans of a progressive JPEG, text and profile
-chunks that inflate to gigabytes (they are cut out, the pixels do not need them).
+anything is allocated or inflated: the number of segments, chunks, scans and strips, and text and profile chunks of a
+PNG that inflate to gigabytes (they are cut out; the pixels do not need them).
 
 Example:
     >>> read_jpeg(data, Limits()).header
@@ -26,10 +26,15 @@ from eagleray.vision.image_headers import (
     xmp_orientation,
 )
 
-# libjpeg-turbo's own fuzz targets stop at 500 scans; encoders write about 10. Each scan of a large picture costs a full pass.
+# Encoders write about 10; libjpeg-turbo's own fuzz targets stop at 500. Each scan of a large picture is a full pass.
 MAX_JPEG_SCANS = 100
+# The largest metadata that we met (a 32 MB ICC profile) has 512 segments.
+MAX_JPEG_SEGMENTS = 20_000
 # A 25 MP picture in 512-byte chunks has about 150,000.
 MAX_PNG_CHUNKS = 500_000
+MAX_WEBP_CHUNKS = 100_000
+# Pillow gathers comments 255 bytes at a time, at a cost that grows with the square.
+MAX_GIF_EXTENSION_BYTES = 2**20
 # 25 MP in tiles of 16 x 16 are 97,657; one value of a tag costs Pillow about 40 bytes.
 MAX_TIFF_VALUES = 400_000
 MAX_TIFF_TAGS = 1_000
@@ -37,47 +42,33 @@ MAX_TIFF_TAGS = 1_000
 _SOF = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _LOSSLESS_SOF = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
 _XMP_PREFIX = b"http://ns.adobe.com/xap/1.0/\0"
+_NO_SCAN = "the JPEG ends before its first scan"
 
 
 def read_jpeg(data: bytes, limits: Limits) -> JpegFrame:
     """The frame of a JPEG, from its markers up to the first scan.
 
     Raises:
-        ImageRefused: ``truncated`` before the first scan, ``format_refused`` (12-bit, lossless, hierarchical), ``too_large``,
-            ``corrupt``.
+        ImageRefused: ``truncated`` before the first scan, ``format_refused`` (12-bit, lossless, hierarchical),
+            ``too_large`` (pixels, segments or scans), ``corrupt``.
     """
     frame: tuple[int, int, int, int] | None = None
-    orientation, xmp, has_restarts, end = 0, b"", False, len(data)
-    at = 2
-    while True:
-        at = data.find(b"\xff", at)
-        if at < 0 or at + 4 > end:
-            raise ImageRefused(Reason.TRUNCATED, "the JPEG ends before its first scan")
-        marker = data[at + 1]
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:
-            at += 1 if marker == 0xFF else 2
-            continue
-        if marker == 0xD9:
-            raise ImageRefused(Reason.TRUNCATED, "the JPEG ends before its first scan")
-        size = (data[at + 2] << 8) | data[at + 3]
-        body = at + 4
-        at += 2 + max(size, 2)
-        if marker == 0xDA:
-            break
-        if marker in _SOF and at <= end and size >= 8:
-            frame = _read_sof(data, body, marker)
+    orientation, xmp, has_restarts = 0, b"", False
+    for marker, body, after in _jpeg_segments(data):
+        if marker in _SOF:
+            frame = _read_sof(data, body, after, marker)
         elif marker == 0xE1 and not orientation:
             if data.startswith(b"Exif\0\0", body):
-                orientation = exif_orientation(data[body:at])
+                orientation = exif_orientation(data[body:after])
             elif data.startswith(_XMP_PREFIX, body):
-                xmp = data[body:at]
-        elif marker == 0xDD and size >= 4:
+                xmp = data[body:after]
+        elif marker == 0xDD and after - body >= 2:
             has_restarts = data[body : body + 2] != b"\0\0"
     if frame is None:
         raise ImageRefused(Reason.CORRUPT, "the JPEG has a scan but no frame")
     width, height, components, sof = frame
     check_size(width, height, limits)
-    # only a scan of fewer components than the frame has, or a progressive frame, is followed by further ones
+    # only a progressive frame, or a first scan of fewer components than the frame has, is followed by further scans
     if (sof in (0xC2, 0xCA) or data[body] < components) and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
         raise ImageRefused(Reason.TOO_LARGE, f"{scans} scans, the cap is {MAX_JPEG_SCANS}")
     if not orientation and xmp:
@@ -85,8 +76,31 @@ def read_jpeg(data: bytes, limits: Limits) -> JpegFrame:
     return JpegFrame(upright("JPEG", width, height, orientation or 1), components, has_restarts)
 
 
-def _read_sof(data: bytes, body: int, marker: int) -> tuple[int, int, int, int]:
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of each segment's body up to the first scan's; ``truncated`` where there is no scan."""
+    at, end = 2, len(data)
+    for _ in range(MAX_JPEG_SEGMENTS):
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 4 >= end:
+            raise ImageRefused(Reason.TRUNCATED, _NO_SCAN)
+        marker = data[at + 1]
+        if marker == 0xD9:
+            raise ImageRefused(Reason.TRUNCATED, _NO_SCAN)
+        if marker == 0xFF or marker <= 0x01 or 0xD0 <= marker <= 0xD8:
+            at += 1 if marker == 0xFF else 2  # fill bytes, and markers without a body
+            continue
+        after = at + 2 + max(2, (data[at + 2] << 8) | data[at + 3])
+        yield marker, at + 4, after
+        if marker == 0xDA:
+            return
+        at = after
+    raise ImageRefused(Reason.TOO_LARGE, f"the JPEG has more than {MAX_JPEG_SEGMENTS:,} segments")
+
+
+def _read_sof(data: bytes, body: int, after: int, marker: int) -> tuple[int, int, int, int]:
     """(width, height, components, marker) of a frame header that we can decode."""
+    if after - body < 6 or body + 6 > len(data):
+        raise ImageRefused(Reason.CORRUPT, "the JPEG's frame header is too short")
     precision, height, width, components = struct.unpack_from(">BHHB", data, body)
     if marker in _LOSSLESS_SOF:
         raise ImageRefused(Reason.FORMAT_REFUSED, "lossless or hierarchical JPEG is not read")
@@ -172,9 +186,9 @@ def read_webp(data: bytes, limits: Limits) -> Header:
 
 def _webp_orientation(data: bytes) -> int:
     """The orientation in the EXIF chunk, else in the XMP chunk, of an extended WebP."""
-    found = {}
+    found: dict[bytes, int] = {}
     at = 12
-    for _ in range(100_000):
+    for _ in range(MAX_WEBP_CHUNKS):
         if at + 8 > len(data):
             break
         kind, size = struct.unpack_from("<4sI", data, at)
@@ -186,58 +200,76 @@ def _webp_orientation(data: bytes) -> int:
     return found.get(b"EXIF") or found.get(b"XMP ") or 1
 
 
-_TIFF_TYPE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}
+def read_gif(data: bytes, limits: Limits) -> None:
+    """Checks a GIF up to its first frame: the screen's size, and how much stands before the pixels.
+
+    Raises:
+        ImageRefused: ``truncated`` before the first frame, ``too_large``.
+    """
+    if len(data) < 13:
+        raise ImageRefused(Reason.TRUNCATED, "the GIF ends before its size")
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    if width and height:  # a screen of 0 takes the size of its first frame
+        check_size(width, height, limits)
+    start = at = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+    while at + 2 <= len(data):
+        if data[at] == 0x2C:
+            return
+        if data[at] != 0x21:
+            at += 1  # Pillow skips what it does not know, byte by byte
+            continue
+        at += 2
+        while at < len(data) and data[at]:
+            at += data[at] + 1
+        at += 1
+        if at - start > MAX_GIF_EXTENSION_BYTES:
+            raise ImageRefused(Reason.TOO_LARGE, f"more than {MAX_GIF_EXTENSION_BYTES:,} bytes before the first frame")
+    raise ImageRefused(Reason.TRUNCATED, "the GIF ends before its first frame")
 
 
 def read_tiff(data: bytes, limits: Limits) -> Header:
     """The header of a TIFF, from its first image file directory.
 
     Raises:
-        ImageRefused: ``truncated``, ``corrupt``, ``too_large`` (pixels, tags, or strips), ``format_refused`` (camera raw).
+        ImageRefused: ``truncated``, ``corrupt``, ``too_large`` (pixels, tags, strips), ``format_refused`` (camera raw).
     """
     order = "<" if data[:2] == b"II" else ">"
-    is_big = data[2:4] in (b"+\0", b"\0+")
-    entry, number = (struct.Struct(order + "HHQ8s"), "Q") if is_big else (struct.Struct(order + "HHI4s"), "H")
-    head = 8 if is_big else 4
-    if len(data) < 2 * head:
-        raise ImageRefused(Reason.TRUNCATED, "the TIFF ends before its directory")
-    at = struct.unpack_from(order + ("Q" if is_big else "I"), data, head)[0]
-    if at + struct.calcsize(number) > len(data):
-        raise ImageRefused(Reason.TRUNCATED, "the TIFF ends before its directory")
-    count = struct.unpack_from(order + number, data, at)[0]
-    at += struct.calcsize(number)
-    if count > MAX_TIFF_TAGS:
-        raise ImageRefused(Reason.TOO_LARGE, f"{count} TIFF tags, the cap is {MAX_TIFF_TAGS}")
-    if at + count * entry.size > len(data):
-        raise ImageRefused(Reason.TRUNCATED, "the TIFF ends inside its directory")
     values: dict[int, int] = {}
-    for tag, kind, num, raw in entry.iter_unpack(data[at : at + count * entry.size]):
+    orientation = xmp = 0
+    for tag, kind, num, raw in _tiff_tags(data, order):
         # raw metadata of type BYTE, ASCII or UNDEFINED stays one bytes object; numbers become one object each
         if num > MAX_TIFF_VALUES and kind not in (1, 2, 7):
             raise ImageRefused(Reason.TOO_LARGE, f"a TIFF tag of {num:,} values, the cap is {MAX_TIFF_VALUES:,}")
-        if kind in (3, 4, 16) and num == 1:
-            values[tag] = struct.unpack_from(order + {3: "H", 4: "I", 16: "Q"}[kind], raw)[0]
-        elif tag == 50706:
+        if tag == 50706:
             raise ImageRefused(Reason.FORMAT_REFUSED, "camera raw is not read")
+        code = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
+        if code and num == 1 and struct.calcsize(code) <= len(raw):
+            values[tag] = struct.unpack_from(order + code, raw)[0]
+        elif tag == 700 and kind in (1, 7) and num > len(raw):
+            at = int.from_bytes(raw, "little" if order == "<" else "big")
+            xmp = xmp_orientation(data[at : at + num])
     if 256 not in values or 257 not in values:
         raise ImageRefused(Reason.CORRUPT, "the TIFF does not say its size")
     check_size(values[256], values[257], limits)
-    orientation = values.get(274, 1)
+    if 322 in values and 323 in values:
+        check_size(values[322], values[323], limits)  # a tile is allocated whole, however small the picture
+    orientation = values.get(274, xmp)
     return upright("TIFF", values[256], values[257], orientation if 1 <= orientation <= 8 else 1)
+
+
+def _tiff_tags(data: bytes, order: str) -> Iterator[tuple[int, int, int, bytes]]:
+    """(tag, type, number of values, value or offset) of the first directory of a TIFF or BigTIFF."""
+    is_big = data[2:4] in (b"+\0", b"\0+")
+    entry, head, number = ("HHQ8s", 8, "Q") if is_big else ("HHI4s", 4, "H")
+    at = struct.unpack_from(order + ("Q" if is_big else "I"), data, head)[0] if len(data) >= 2 * head else len(data)
+    size = struct.calcsize(order + number)
+    if at + size > len(data):
+        raise ImageRefused(Reason.TRUNCATED, "the TIFF ends before its directory")
+    count = struct.unpack_from(order + number, data, at)[0]
+    if count > MAX_TIFF_TAGS:
+        raise ImageRefused(Reason.TOO_LARGE, f"{count} TIFF tags, the cap is {MAX_TIFF_TAGS}")
+    fields = struct.Struct(order + entry)
+    directory = data[at + size : at + size + count * fields.size]
+    if len(directory) < count * fields.size:
+        raise ImageRefused(Reason.TRUNCATED, "the TIFF ends inside its directory")
+    yield from fields.iter_unpack(directory)

@@ -1,8 +1,9 @@
 """What an image file says of itself, read from its first bytes before any pixel exists: format, size, orientation.
 
-Everything here runs on bytes that nobody has looked at yet. It allocates nothing in proportion to what the header claims and
-refuses, with a typed reason, what is empty, no image, a format outside the allow-list, or beyond the caps. The allow-list is
-JPEG, PNG, WEBP, AVIF, GIF, BMP and TIFF: what Pillow decodes without outside programs and with a codec under active fuzzing.
+Everything here runs on bytes that nobody has looked at yet. It allocates nothing in proportion to what the header
+claims and refuses, with a typed reason, what is empty, no image, a format outside the allow-list, or beyond the caps.
+The allow-list is JPEG, PNG, WEBP, AVIF, GIF, BMP and TIFF: what Pillow decodes without outside programs and with codecs
+under active fuzzing.
 
 Example:
     >>> read_header(png_bytes, Limits())
@@ -130,6 +131,8 @@ _REFUSED_BRANDS = {
     b"hevx": "HEIF",
     b"crx ": "camera raw",
 }
+# Of OS/2 1 and 2 and Windows 3, 4 and 5; "BM" alone begins many a text.
+_BMP_HEADER_BYTES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 _PNM = re.compile(rb"P[1-7F f]\s")
 _SVG = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", re.DOTALL)
 
@@ -161,7 +164,7 @@ def sniff(data: bytes) -> str:
         return "WEBP"
     if head[4:8] == b"ftyp":
         return _sniff_ftyp(head)
-    if head.startswith(b"BM"):
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADER_BYTES:
         return "BMP"
     if _PNM.match(head):
         raise ImageRefused(Reason.FORMAT_REFUSED, "PNM is not read")

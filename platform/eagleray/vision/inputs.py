@@ -245,7 +245,7 @@ class _Listed:
 
     @classmethod
     def read(cls, home: Path, head: dict[str, Any]) -> _Listed:
-        units = _read_units(home, head)
+        units = read_units(home, head)
         prints, uris, starts, at = [], [], [], 0
         for unit in units:
             table = read_unit_listing(unit)
@@ -319,7 +319,8 @@ def _read_head(home: Path, source: str) -> dict[str, Any] | None:
     return head
 
 
-def _read_units(home: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+def read_units(home: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The units of an input, by what its ``input.json`` says; paths as they are here and now."""
     units: list[dict[str, Any]] = pq.read_table(home / head["units"]).to_pylist()
     for unit in units:
         if unit["kind"] == "listing":  # kept by name, so that a run's folder can be moved
@@ -328,7 +329,7 @@ def _read_units(home: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _frozen(home: Path, head: dict[str, Any], changes: dict[str, int]) -> FrozenInput:
-    units = tuple(_read_units(home, head))
+    units = tuple(read_units(home, head))
     return FrozenInput(head["source"], head["kind"], head["digest"], head["images_in"], units, changes)
 
 

@@ -1,7 +1,7 @@
 """What a model said about one image, and the policy that turns scores into a decision.
 
-assure *finds* a ThresholdPolicy, the bundle *keeps* it, Classifier *applies* it: one definition, so that bulk, online and
-in-process answers cannot differ. Refuses a policy for labels that a model does not have.
+assure *finds* a ThresholdPolicy, the bundle *keeps* it, Classifier *applies* it: one definition, so that bulk, online
+and in-process answers cannot differ. Refuses a policy for labels that a model does not have.
 
 Example:
     >>> policy = ThresholdPolicy(thresholds={"crack": 0.3, "ok": 0.9}, otherwise="inspect")
@@ -113,9 +113,9 @@ class Prediction:
 class ThresholdPolicy:
     """From probabilities to a decision.
 
-    An image is decided to be the label of highest probability among those that reach their own threshold; when none does,
-    the decision is ``otherwise``. A label without a threshold is never decided, unless the policy holds no threshold at
-    all: then the most probable label is the decision.
+    An image is decided to be the label of highest probability among those that reach their own threshold; when none
+    does, the decision is ``otherwise``. A label without a threshold is never decided, unless the policy holds no
+    threshold at all: then the most probable label is the decision.
 
     Attributes:
         thresholds: Label id to the lowest probability, 0..1, at which it may be decided.

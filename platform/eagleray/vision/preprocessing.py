@@ -1,9 +1,9 @@
 """ImageSpec, the one definition of preprocessing: size, crop, resampling filter, colour order, mean and std.
 
-Training, bulk scoring, serving and federated sites all take their pixels through the ImageSpec that the bundle keeps, so
-their answers cannot differ. The geometry is that of timm's evaluation transform (Resize, then CenterCrop), rounding included;
-tests/contract/test_decode_parity.py holds it to that. A spec that cannot be meant (a negative size, a std of 0, a crop of
-more than the whole) is refused when it is made.
+Training, bulk scoring, serving and federated sites all take their pixels through the ImageSpec that the bundle keeps,
+so their answers cannot differ. The geometry is that of timm's evaluation transform (Resize, then CenterCrop), rounding
+included; tests/contract/test_decode_parity.py holds it to that. A spec that cannot be meant (a negative size, a std of
+0, a crop of more than the whole) is refused when it is made.
 
 Example:
     >>> spec = ImageSpec(224, 224, crop_pct=0.875, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -68,8 +68,8 @@ class ImageSpec:
         height: Target height in pixels.
         width: Target width in pixels.
         crop_pct: Share of the resized picture that the target shows, 0 < crop_pct <= 1.
-        crop_mode: ``center`` (short side fills the target, the rest is cut off), ``squash`` (aspect ratio is given up) or
-            ``border`` (the long side fits, the rest is filled with the mean).
+        crop_mode: ``center`` (the short side fills the target, the rest is cut off), ``squash`` (the aspect ratio is
+            given up) or ``border`` (the long side fits, the rest is filled with the mean).
         interpolation: One of ``nearest``, ``bilinear``, ``bicubic``, ``lanczos``; antialiased, as Pillow does it.
         mean: Per channel in the order of ``color``, on the scale of ``value_range``.
         std: Likewise.
@@ -230,10 +230,13 @@ def normalize(
     count, height, width, channels = batch_u8_nhwc.shape
     if out is None:
         out = np.empty((count, channels, height, width), np.float32)
-    scale, bias = spec.scale_and_bias
+    scale, bias = (factor[:, None, None] for factor in spec.scale_and_bias)
+    # one image at a time stays in the cache; converting plane by plane beats a strided multiply: 0.10 against 0.22 ms
+    # for 224 x 224 (docs/log.md)
     for index in range(count):
+        planes = out[index]
         for channel in range(channels):
-            plane = out[index, channel]
-            np.multiply(batch_u8_nhwc[index, :, :, channel], scale[channel], out=plane)
-            plane += bias[channel]
+            planes[channel] = batch_u8_nhwc[index, :, :, channel]
+        planes *= scale
+        planes += bias
     return out

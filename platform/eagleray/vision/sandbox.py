@@ -1,9 +1,9 @@
 """Decodes images that may kill, hang or swell the process, in a child that may die of them.
 
-After a shard has failed twice, its images are read here one by one: what kills the child, outlasts the time limit or asks for
-more memory than allowed is ``poison``, costs itself only, and the next image gets a fresh child. The child is
-``python -m eagleray.vision.sandbox``; it imports no torch and no Ray, speaks length-prefixed frames of JSON and raw bytes
-over its pipes (no pickle), and ends by itself when its parent is gone.
+After a shard has failed twice, its images are read here one by one: what kills the child, outlasts the time limit or
+asks for more memory than allowed is ``poison``, costs itself only, and the next image gets a fresh child. The child is
+``python -m eagleray.vision.sandbox``; it imports no torch and no Ray, speaks length-prefixed frames of JSON and raw
+bytes over its pipes (no pickle), and ends by itself when its parent is gone.
 
 Example:
     >>> with SandboxedDecoder() as sandbox:

@@ -1,7 +1,7 @@
 """Lets timm and lightly import beside a torchvision whose compiled operators do not fit the installed torch.
 
 The registry's torchvision is a CUDA build. Beside a CPU build of torch its ``_C.so`` does not load, and then ``import
-torchvision`` (hence timm) dies with "operator torchvision::nms does not exist", though nothing here calls that operator.
+torchvision`` (hence timm) dies with "operator torchvision::nms does not exist", though nothing here calls it.
 Declaring the two schemas is all that the import needs. Where the library loads, nothing is done.
 ``torchvision.io`` and ``torchvision.ops`` stay unusable under the shim, so Eagleray uses neither.
 

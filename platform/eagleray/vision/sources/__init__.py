@@ -1,7 +1,7 @@
 """Sources: folders, archives and listings of images, listed as a stream of rows and read by row.
 
-A listing says where each image's bytes lie and what is known about it; it is Arrow all the way, so a source of any size is
-listed in flat memory and cut into slices that any worker can read on its own. Nothing is ever extracted.
+A listing says where each image's bytes lie and what is known about it; it is Arrow all the way, so a source of any size
+is listed in flat memory and cut into slices that any worker can read on its own. Nothing is ever extracted.
 
 Refuses: a source that is missing, empty, or none of the kinds in SOURCES.
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from eagleray.vision.images import ImageRefused, Limits
-    from eagleray.vision.sources.reading import Containers
+    from eagleray.vision.sources.containers import Containers
 
 __all__ = [
     "LISTING_SCHEMA",

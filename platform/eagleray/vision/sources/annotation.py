@@ -4,8 +4,9 @@ The rules, the same for every source:
 
 - the label is the first folder below the source's root, after one wrapping folder that holds everything (and folders of
   its own) and one leading ``train``, ``val``, ``validation`` or ``test``, which becomes ``split`` (validation -> val);
-- a ``metadata.{csv,jsonl,parquet}`` has a ``file_name`` relative to its own folder; its ``label`` (one) or ``labels`` (a JSON
-  list, or names joined by ``;``) replaces the folder's, every other column is kept as a string; the deepest file wins;
+- a ``metadata.{csv,jsonl,parquet}`` has a ``file_name`` relative to its own folder; its ``label`` (one) or ``labels``
+  (a JSON list, or names joined by ``;``) replaces the folder's, every other column is kept as a string; the deepest
+  file wins;
 - names that start with a dot, folders too, and ``metadata.*`` are no items.
 """
 

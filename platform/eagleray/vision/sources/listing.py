@@ -1,7 +1,7 @@
 """A listing: CSV, JSONL or Parquet with a column of paths (relative to the listing) or URIs.
 
-``label``/``labels`` give the labels, every other column is kept as a string. A row that names nothing that may be read is an
-item too, and unreadable: each row is accounted for.
+``label``/``labels`` give the labels, every other column is kept as a string. A row that names nothing that may be read
+is an item too, and unreadable: each row is accounted for.
 
 Refuses: a table without a column of paths. URI schemes other than those of ListOptions.schemes are not called.
 """
@@ -74,19 +74,23 @@ def _items(source: str, options: ListOptions) -> Iterator[Item]:
     for number, (column, row) in enumerate(_rows(source, options.image_column)):
         value = str(row.get(column) or "").strip("\r\n")
         note = merge(Note(), {key: item for key, item in row.items() if key != column})
-        base = {"labels": note.labels, "metadata": note.metadata}
-        if not value:
-            yield Item(f"listing://{number}::{shown}", "refused", "", b"the row names no path", **base)
-            continue
-        target = _target(source, value)
-        if not locations.is_remote(target):
-            yield _local_item(target, base)
-        elif (scheme := target.partition("://")[0].lower()) in options.schemes:
-            yield Item(text_of(target), "remote", "", target.encode("utf-8", "surrogateescape"), **base)
-        else:
-            yield Item(
-                text_of(target), "refused", "", f"the scheme {scheme} is not among those allowed".encode(), **base
-            )
+        base = Item("", "", "", b"", labels=note.labels, metadata=note.metadata)
+        yield (
+            _item(base, source, value, options)
+            if value
+            else base._replace(uri=f"listing://{number}::{shown}", kind="refused", member=b"the row names no path")
+        )
+
+
+def _item(base: Item, source: str, value: str, options: ListOptions) -> Item:
+    target = _target(source, value)
+    if not locations.is_remote(target):
+        return _local_item(base, target)
+    base = base._replace(uri=text_of(target))
+    scheme = target.partition("://")[0].lower()
+    if scheme in options.schemes:
+        return base._replace(kind="remote", member=target.encode("utf-8", "surrogateescape"))
+    return base._replace(kind="refused", member=f"the scheme {scheme} is not among those allowed".encode())
 
 
 def _target(source: str, value: str) -> str:
@@ -98,7 +102,7 @@ def _target(source: str, value: str) -> str:
     return os.path.normpath(os.path.join(os.path.dirname(locations.local_path(source)), value))
 
 
-def _local_item(target: str, base: dict[str, Any]) -> Item:
+def _local_item(base: Item, target: str) -> Item:
     path = locations.local_path(target)
     try:
         stat = os.stat(path)
@@ -106,4 +110,4 @@ def _local_item(target: str, base: dict[str, Any]) -> Item:
     except (OSError, ValueError):  # ValueError: a NUL in the name; reading it says why it cannot be read
         size, mtime_ns = -1, 0
     member = os.fsencode(path)
-    return Item(f"file://{text_of(member)}", "file", "", member, size=size, mtime_ns=mtime_ns, **base)
+    return base._replace(uri=f"file://{text_of(member)}", kind="file", member=member, size=size, mtime_ns=mtime_ns)

@@ -1,7 +1,7 @@
 """Where a source or a container is: a local path or an fsspec URI, opened and measured the same way.
 
-A local container is kept as a percent-quoted ``file://`` URI, so that any file name survives a text column; for people it is
-shown unquoted. Brace patterns (``x-{000..127}.tar``) and globs stand for several containers.
+A local container is kept as a percent-quoted ``file://`` URI, so that any file name survives a text column; for people
+it is shown unquoted. Brace patterns (``x-{000..127}.tar``) and globs stand for several containers.
 """
 
 from __future__ import annotations

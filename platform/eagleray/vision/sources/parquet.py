@@ -1,7 +1,8 @@
 """Parquet with an image column: bytes, or ``struct<bytes, path>`` as Hugging Face datasets write it.
 
-Each row is an item; ``label``/``labels`` give its labels (a Hugging Face ClassLabel by its name), every other column that is no
-binary is kept as a string. Rows are read forward, batch by batch: a row group of any size never lies in memory whole.
+Each row is an item; ``label``/``labels`` give its labels (a Hugging Face ClassLabel by its name), every other column
+that is no binary is kept as a string. Rows are read forward, batch by batch: a row group of any size never lies in
+memory whole.
 
 Refuses: a file that is no Parquet or is cut off. A null image is an item that is empty.
 """
@@ -18,8 +19,8 @@ from eagleray.core.errors import DataError
 from eagleray.vision.images import ImageRefused, Reason
 from eagleray.vision.sources import locations
 from eagleray.vision.sources.annotation import Note, Tally, merge
+from eagleray.vision.sources.containers import Containers, Found, Row, too_large
 from eagleray.vision.sources.options import ListOptions, Source, too_many
-from eagleray.vision.sources.reading import Containers, Found, Row, too_large
 from eagleray.vision.sources.rows import Item, batches
 
 USUAL_NAMES = ("image", "img", "jpg", "png", "bytes", "content")

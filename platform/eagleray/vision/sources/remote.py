@@ -16,7 +16,7 @@ from eagleray.core import storage
 from eagleray.core.errors import EagleError, StorageError
 from eagleray.vision.images import ImageRefused, Reason
 from eagleray.vision.sources import locations
-from eagleray.vision.sources.reading import Containers, Found, Row, too_large
+from eagleray.vision.sources.containers import Containers, Found, Row, too_large
 from eagleray.vision.sources.rows import text_of
 
 REQUESTS = 16  # at a time: hides 20 ms of latency at 800 objects/s; memory is at most this many images

@@ -1,7 +1,7 @@
 """The rows of a listing: what one image of a source is called, where its bytes lie, and what is known about it.
 
-Bytes are found by ``container``, ``member`` and ``offset``, which are lossless; ``uri`` is for people and for the scores,
-unquoted, undecodable bytes escaped by a backslash.
+Bytes are found by ``container``, ``member`` and ``offset``, which are lossless; ``uri`` is for people and for the
+scores, unquoted, undecodable bytes escaped by a backslash.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def batches(items: Iterator[Item]) -> Iterator[pa.RecordBatch]:
 
 
 class Repeats:
-    """Numbers the names that occur more than once in an archive, at 8 bytes a name: see all, then ask in the same order."""
+    """Numbers names that occur more than once, at 8 bytes a name: see all, then ask in the same order."""
 
     def __init__(self) -> None:
         self._full: list[Any] = []

@@ -1,10 +1,11 @@
 """A tar archive: headers are scanned once with the offset of each member's data, nothing is extracted.
 
-A plain local tar can then be read at any place. A compressed one (.gz .bz2 .xz .zst) is a stream: its offsets count in the
-unpacked bytes and readers go forward through it. Members that are no regular files (links, devices, sparse
+A plain local tar can then be read at any place. A compressed one (.gz .bz2 .xz .zst) is a stream: its offsets count in
+the unpacked bytes and readers go forward through it. Members that are no regular files (links, devices, sparse
 files) are skipped and counted.
 
-Refuses: what is no tar, one that is cut off or damaged (tarfile would take the damage for the end), archives over the caps.
+Refuses: what is no tar, one that is cut off or damaged (tarfile would take the damage for the end), archives over
+the caps.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ SOURCE = Source(scan, is_random_access)
 
 
 class _Listing:
-    """One tar: one pass over the headers into a temporary file of rows, then the rows with labels; memory stays flat."""
+    """One tar: one pass over the headers into a temporary file, then the rows with labels; memory stays flat."""
 
     def __init__(self, container: str, options: ListOptions, tally: Tally) -> None:
         self._container, self._options, self._tally = container, options, tally
@@ -163,13 +164,12 @@ def members(container: str, options: ListOptions) -> Iterator[tuple[tarfile.TarF
     """
     shown = locations.shown_container(container)
     packed, _ = locations.stamp_of(container)
+    mode: Any = "r|" if compression_of(container) else "r:"
     count = unpacked = 0
     try:
         with (
             open_unpacked(container) as file,
-            tarfile.open(
-                fileobj=file, mode="r|" if compression_of(container) else "r:", bufsize=1 << 20, tarinfo=_StrictInfo
-            ) as tar,
+            tarfile.open(fileobj=file, mode=mode, bufsize=1 << 20, tarinfo=_StrictInfo) as tar,
         ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """WebDataset shards: tars whose members of one key (name up to the first dot) are one sample.
 
-An image of the key is an item; its neighbours say what is known about it: ``.cls`` the label, ``.json`` labels and metadata,
-``.txt`` a caption. Of a key that has an image, nothing else counts; a key without one counts as the files it is.
+An image of the key is an item; its neighbours say what is known about it: ``.cls`` the label, ``.json`` labels and
+metadata, ``.txt`` a caption. Of a key that has an image, nothing else counts; a key without one counts as the files it
+is.
 
 Example: ``shards/train-{000000..000146}.tar``
 Source: the WebDataset format, https://github.com/webdataset/webdataset#the-webdataset-format

@@ -1,13 +1,14 @@
 """A zip archive: the central directory is streamed, each member is read in place by its offset, nothing is extracted.
 
-Python's zipfile keeps an object a member (about 0.7 GB a million); this reads the directory in pieces, twice: once for the
-wrapping folder, metadata and repeated names, once for the rows. A member is read from its local header, unpacked to at
-most one byte over the limit, and compared with the directory's CRC-32.
+Python's zipfile keeps an object a member (about 0.7 GB a million); this reads the directory in pieces, twice: once for
+the wrapping folder, metadata and repeated names, once for the rows. A member is read from its local header, unpacked to
+at most one byte over the limit, and compared with the directory's CRC-32.
 
-Refuses: what is no zip, a directory that is cut off, archives over the caps. Links are skipped and counted; an encrypted
-member or an unknown method is an item that is unreadable.
+Refuses: what is no zip, a directory that is cut off, archives over the caps. Links are skipped and counted; an
+encrypted member or an unknown method is an item that is unreadable.
 
-Source: PKWARE APPNOTE 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14-16 (end records), 4.5.3 (zip64).
+Source: PKWARE APPNOTE 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14-16 (end records), 4.5.3
+    (zip64).
 """
 
 from __future__ import annotations

@@ -132,8 +132,9 @@ class _Lzma:
             if len(self._head) < 4 or len(self._head) < 4 + struct.unpack_from("<H", self._head, 2)[0]:
                 return b""
             (length,) = struct.unpack_from("<H", self._head, 2)
-            properties = lzma._decode_filter_properties(lzma.FILTER_LZMA1, self._head[4 : 4 + length])  # type: ignore[attr-defined]
-            self._raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[properties])
+            decode: Any = lzma._decode_filter_properties  # type: ignore[attr-defined]  # as zipfile does
+            filters = [decode(lzma.FILTER_LZMA1, self._head[4 : 4 + length])]
+            self._raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
             data = self._head[4 + length :]
         plain: bytes = self._raw.decompress(data, max_length)
         return plain
