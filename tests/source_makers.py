@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
 from eagleray.flows import ingest
 from eagleray.vision.corpus import ShardManifest
 from eagleray.vision.intake import SliceIngester

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-
 from eagleray.vision.imports import ImportConfig, import_model
+from onnx import TensorProto, helper, numpy_helper
 
 CLASSES = ("circle", "cross", "square", "star", "wave")
 

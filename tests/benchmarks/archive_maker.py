@@ -91,7 +91,9 @@ def picture(kind: Kind, index: int) -> Image.Image:
     crop_width = min(photo.width, photo.height * width / height) * share
     crop_height = crop_width * height / width
     left, top = rng.uniform(0, photo.width - crop_width), rng.uniform(0, photo.height - crop_height)
-    image = photo.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + crop_width, top + crop_height))
+    image = photo.resize(
+        (width, height), Image.Resampling.BICUBIC, box=(left, top, left + crop_width, top + crop_height)
+    )
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(image).astype(np.int16)

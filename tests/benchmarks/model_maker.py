@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import archive_maker
-import yardstick
+import numpy as np
+from peers import yardstick
 
 SEED = 20261123
 FITTED_ON = 600

@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-
 from eagleray.core import commits
 
 ROOT = Path(__file__).resolve().parent.parent.parent

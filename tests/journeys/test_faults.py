@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
-
 from eagleray.core import commits
+
 from tests.journeys.conftest import Ray, assert_accounted, committed, run, scores, start, wait_for
 
 SCORE_WORKER = "RayWorker"

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from eagleray.core import commits, storage
+
 from tests.conftest import ROOT
 from tests.journeys.conftest import Ray, run, scores
 

@@ -135,6 +135,13 @@ def test_a_crowd_of_exact_duplicates_leaves_room_for_other_images(tmp_path: Path
     assert tally.most.rows[0].uri == "file:///photos/000000.jpg"
 
 
+def test_no_image_of_a_small_archive_is_on_both_sheets(tmp_path: Path) -> None:
+    report = score_report(write_run(tmp_path / "run", [scored(index, index / 30) for index in range(30)]))
+    most, least = (one.tiles for one in report.blocks if isinstance(one, Sheet))
+    assert (len(most), len(least)) == (SHEET_TILES, 6)
+    assert not {tile.uri for tile in most} & {tile.uri for tile in least}
+
+
 def test_what_the_manifest_does_not_list_does_not_count(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [scored(index, 0.5) for index in range(10)])
     late = pa.Table.from_pylist([scored(99, 0.9)], schema=archive_tally.SCHEMA)
@@ -250,7 +257,16 @@ def test_a_resumed_run_does_not_count_what_was_done_before(tmp_path: Path) -> No
     assert line.reference == pytest.approx(10)
 
 
-@pytest.mark.parametrize("samples", [[], [{"t_s": 1, "done": 5}], [{"t_s": 1, "done": 5}] * 4, [{"x": 1}] * 9])
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [],
+        [{"t_s": 1, "done": 5}],
+        [{"t_s": 1, "done": 5}] * 9,
+        [{"t_s": t, "done": t} for t in range(4)],
+        [{"x": 1}] * 9,
+    ],
+)
 def test_too_few_samples_draw_no_line(tmp_path: Path, samples: list[Row]) -> None:
     assert line_of(tmp_path, progress=samples) is None
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 class SampleConfig(Config):
     source: str
-    kind: str = "auto"
+    kind: str = ""
     top_k: int = 5
     sizes: tuple[int, ...] = ()
 
@@ -34,13 +34,14 @@ def sample(
     *,
     top_k: Annotated[int | None, typer.Option("--top-k", help="How many.")] = None,
     sizes: Annotated[list[int] | None, typer.Option("--sizes", help="Pixels.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="A field whose name load() has too.")] = None,
     common: Common,
 ) -> Outcome:
     """Does a sample.
 
     Example: eagleray sample photos/
     """
-    config = common.load(SampleConfig, source=source, top_k=top_k, sizes=sizes)
+    config = common.load(SampleConfig, source=source, top_k=top_k, sizes=sizes, kind=kind)
     if config.source == "broken":
         raise DataError("the source is broken", expected="a whole one", fix="mend it")
     if config.source == "bug":
@@ -49,7 +50,7 @@ def sample(
         raise KeyboardInterrupt
     if config.source == "full":
         raise OSError(28, "No space left on device", "part.parquet")
-    return Outcome(config.model_dump(mode="json"), "done", 5 if config.source == "unfit" else 0)
+    return Outcome(config.model_dump(mode="json", exclude_defaults=True), "done", 5 if config.source == "unfit" else 0)
 
 
 class Ran:
@@ -122,6 +123,10 @@ def test_options_win_over_the_recipe_and_set_wins_over_both(tmp_path: Path) -> N
     assert run_sample(*plain, "--top-k", "2", "--set", "top_k=3", "--set", "sizes=[1, 2]").json == {
         "source": "from-recipe", "top_k": 3, "sizes": [1, 2],
     }  # fmt: skip
+
+
+def test_a_config_may_have_a_field_named_kind() -> None:
+    assert run_sample("a", "--kind", "zip", "--json").json == {"source": "a", "kind": "zip"}
 
 
 def test_all_faults_of_a_config_are_said_at_once() -> None:
@@ -216,14 +221,14 @@ def test_numbers_stand_right_and_text_left() -> None:
 
 
 def test_fields_count_long_lists_and_indent_mappings() -> None:
-    said = fields({"a": {"bb": 1, "c": True}, "list": list(range(9)), "none": None, "empty": {}})
+    said = fields({"a": {"bb": 1, "c": True}, "list": list(range(9)), "none": None, "rate": 1234.5})
     assert said.splitlines() == [
         "a",
         "  bb  1",
         "  c   yes",
-        "list   0, 1, 2, 3, 4, 5, ... (9 in all)",
-        "none   -",
-        "empty  -",
+        "list  0, 1, 2, 3, 4, 5, ... (9 in all)",
+        "none  -",
+        "rate  1,234.5",
     ]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
 from eagleray.core import commits, storage
 from eagleray.core.commits import Ledger
 from eagleray.core.errors import ArtifactError, DataError, RunIncomplete

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from eagleray.vision import image_containers
-from eagleray.vision.images import ImageRefused, ImageSpec, Limits, Reason, decode, decode_full, probe, validate
+from eagleray.vision.images import Header, ImageRefused, ImageSpec, Limits, Reason, decode, decode_full, probe, validate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,9 +21,10 @@ from tests.reference_decode import reference_full
 from tests.unit.test_images import PICTURES, photo, saved, tiff
 
 SPEC = ImageSpec(12, 10)
-FRAGILE = ["jpeg 4:2:0", "jpeg progressive", "jpeg restart markers", "jpeg gray", "jpeg cmyk", "png", "png palette tRNS",
-           "apng", "webp", "webp lossless", "gif", "gif animated", "bmp palette", "tiff", "tiff lzw", "tiff 1 bit g4",
-           "avif"]  # fmt: skip
+FRAGILE = [
+    "jpeg 4:2:0", "jpeg progressive", "jpeg restart markers", "jpeg gray", "jpeg cmyk", "png", "png palette tRNS",
+    "apng", "webp", "webp lossless", "gif", "gif animated", "bmp palette", "tiff", "tiff lzw", "tiff 1 bit g4", "avif",
+]  # fmt: skip
 FILES = {kind: PICTURES[kind]() for kind in FRAGILE}
 
 
@@ -38,21 +39,27 @@ def verdicts(data: bytes) -> set[str]:
                 assert result.shape[2] == 3
             found.add("accepted")
         except ImageRefused as refused:
-            assert refused.reason != Reason.UNREADABLE
             found.add(str(refused))
     return found
 
 
-def check_one_verdict(data: bytes) -> None:
+def check_one_verdict(data: bytes) -> set[str]:
     found = verdicts(data)
     assert len(found) == 1, found
+    assert not any(text.startswith("unreadable") for text in found)
+    header = probe_or_refusal(data)
+    if isinstance(header, str):
+        assert found == {header}, "the header alone is refused, the whole is not"
+    elif found == {"accepted"}:
+        assert decode_full(data).shape == (header.height, header.width, 3)
+    return found
+
+
+def probe_or_refusal(data: bytes) -> Header | str:
     try:
-        header = probe(data)
+        return probe(data)
     except ImageRefused as refused:
-        assert found == {str(refused)}, "the header alone is refused, the whole is not"
-    else:
-        if found == {"accepted"}:
-            assert decode_full(data).shape == (header.height, header.width, 3)
+        return str(refused)
 
 
 damaged = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -126,8 +133,7 @@ def test_destroyed_entropy_data_is_corrupt_unless_restart_markers_bound_it() -> 
         picture = saved(photo(400, 300), "JPEG", quality=90, **({"restart_marker_rows": 1} if expected is None else {}))
         scan = picture.index(b"\xff\xda") + 14
         middle = (scan + len(picture)) // 2
-        broken = picture[:middle] + b"\xff\xd9" * 0 + bytes(40) + picture[middle + 40 :]
-        broken = broken[: middle - 400] + broken[middle - 100 :]
+        broken = picture[: middle - 300] + bytes(40) + picture[middle:]
         if expected is None:
             assert decode_full(broken).shape == (300, 400, 3), kind
         else:
@@ -144,7 +150,7 @@ def png(width: int, height: int, chunks: bytes = b"", *, pixels: bytes = b"") ->
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    body = pixels or zlib.compress(b"".join(b"\0" + bytes(width) for _ in range(min(height, 64))))
+    body = pixels or zlib.compress(b"".join(b"\0" + bytes(min(width, 64)) for _ in range(min(height, 64))))
     return b"\x89PNG\r\n\x1a\n" + head + chunks + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
@@ -299,13 +305,12 @@ def test_every_hostile_file_is_what_its_row_expects(shared_data: Path) -> None:
     assert len(rows) == 110
     accepted = 0
     for row, data in rows:
-        check_one_verdict(data)
-        found = verdicts(data)
+        found = check_one_verdict(data)
         if row["expect"] in ("accept", "accept-normalised"):
             assert found == {"accepted"}, (row["file"], found)
         elif row["expect"] == "reject":
             assert found != {"accepted"}, row["file"]
-        if found == {"accepted"}:
+        if found == {"accepted"} and row["decode"] == "ok":
             accepted += 1
             np.testing.assert_array_equal(decode_full(data), reference_full(data), err_msg=row["file"])
     assert accepted >= 60

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from eagleray.core.errors import ConfigError
 from eagleray.vision import inputs, sources
 from eagleray.vision.inputs import FrozenInput, freeze_listing, read_unit_listing, unit_images

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from eagleray.core import storage
 from eagleray.core.errors import ArtifactError
 from eagleray.core.records import STATEMENT_TYPE, Record, read_record

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from eagleray.core import commits, storage
 from eagleray.core.errors import ArtifactError, ConfigError, DataError, StorageError
 from eagleray.core.records import read_record
 from eagleray.flows.score import ScoreConfig, run
+
 from tests.conftest import ROOT
 from tests.tiny_model import make_bundle
 

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
 from eagleray.core.commits import Ledger
 from eagleray.core.errors import ArtifactError
 from eagleray.infer.classifier import Classifier

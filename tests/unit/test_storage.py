@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from eagleray.core import storage
 from eagleray.core.errors import ConfigError, StorageError
 

@@ -29,6 +29,7 @@ from eagleray.core.storage import read_json
 
 TOP_CLASSES = 30
 RATE_POINTS = 60  # of the throughput line: enough for a curve, few enough for a light page
+MIN_SAMPLES = 5  # of distinct moments: with fewer, a line would be mostly guessed
 UNSAFE_REASON = "poison"  # such a file has killed or hung a process: nothing opens it again
 
 REASONS = {
@@ -103,11 +104,11 @@ def _equation(manifest: Mapping[str, Any], run: Mapping[str, Any], tally: Tally)
     reasons = ", ".join(f"{number:,}\u00a0{reason}" for reason, number in _ranked(tally.reasons)[:3])
     parts = count(len(manifest["parts"]), "part")
     copies = scored - int(run.get("inferred", scored))
-    once = f"; {count(copies, 'exact duplicate')} inferred once" if copies > 0 else ""
+    held = count(copies, "exact duplicate") if copies > 0 else ""
     return blocks.Totals(
         (
-            blocks.Total("images in", images_in, "duplicates too"),
-            blocks.Total("scored", scored, share(scored, images_in) + once, tone="good"),
+            blocks.Total("images in", images_in, held),
+            blocks.Total("scored", scored, share(scored, images_in), tone="good"),
             blocks.Total("quarantined", quarantined, reasons or "nothing refused", tone="warn" if quarantined else ""),
         ),
         operators=("=" if is_balanced else "≠", "+"),
@@ -177,7 +178,7 @@ def _throughput(run: Mapping[str, Any]) -> blocks.Line | None:
     done_now = sum(int(worker.get("images") or 0) for worker in run.get("workers") or ())
     if samples and samples[0][0] > 0 and 0 < done_now <= samples[-1][1]:
         samples.insert(0, (0.0, samples[-1][1] - done_now))  # a resumed run starts above zero
-    if len(samples) < 3 or samples[-1][0] <= samples[0][0]:
+    if len({t_s for t_s, _ in samples}) < MIN_SAMPLES:
         return None
     time_s, done = np.array(samples).T
     edges = np.linspace(time_s[0], time_s[-1], min(RATE_POINTS, max(2, len(samples) // 2)) + 1)
@@ -199,10 +200,13 @@ def _throughput(run: Mapping[str, Any]) -> blocks.Line | None:
 
 def _sheets(tally: Tally) -> Iterator[blocks.Block]:
     if tally.most.rows:
-        note = "Highest scores of the first label, one tile for each distinct image."
+        note = "Highest scores of the first label; exact duplicates are shown once."
         yield blocks.Sheet("Most sure", tuple(_scored_tile(row) for row in tally.most.rows), note)
+    shown = {row.id or row.uri for row in tally.most.rows}  # of a small archive, no image is on both sheets
+    least = tuple(_scored_tile(row) for row in tally.least.rows if (row.id or row.uri) not in shown)
+    if least:
         note = "Lowest scores of the first label: look here first for classes that the model does not know."
-        yield blocks.Sheet("Least sure", tuple(_scored_tile(row) for row in tally.least.rows), note)
+        yield blocks.Sheet("Least sure", least, note)
     if not tally.quarantined:
         return
     rows = tuple((reason, count, REASONS.get(reason, "")) for reason, count in _ranked(tally.reasons))
@@ -276,9 +280,8 @@ def _repeat(folder: Path, run: Mapping[str, Any]) -> Iterator[blocks.Block]:
         yield blocks.Code("How to repeat it", shlex.join(str(word) for word in run["command"]), note)
     lines = (
         "import eagleray",
-        "",
-        f"scores = eagleray.open_scores({str(folder)!r})  # a pyarrow Dataset",
-        "scores.head(5).to_pandas()",
+        f"scores = eagleray.open_scores({str(folder.resolve())!r})  # a pyarrow Dataset",
+        'scores.to_table(columns=["uri", "label_name", "score"])',
     )
     yield blocks.Code("How to read the scores", "\n".join(lines), "Exactly the parts that the manifest lists.")
 

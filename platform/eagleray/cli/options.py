@@ -181,8 +181,10 @@ def table(rows: Sequence[Sequence[Any]], *, heads: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == "":
+        return "-"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -201,7 +203,9 @@ def fields(value: Mapping[str, Any]) -> str:
 
 
 def _said(item: Any) -> str:
+    if isinstance(item, float):
+        return f"{item:,.4f}".rstrip("0").rstrip(".")
     if not isinstance(item, list | tuple | Mapping):
         return _cell(item)
-    shown = ", ".join(_cell(entry) for entry in list(item)[:MOST_SHOWN])
+    shown = ", ".join(_said(entry) for entry in list(item)[:MOST_SHOWN])
     return (shown or "-") + (f", ... ({len(item):,} in all)" if len(item) > MOST_SHOWN else "")

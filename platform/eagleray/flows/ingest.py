@@ -59,7 +59,7 @@ class IngestConfig(Config):
         seed: Of the splits.
         shard_images: Images of a shard at most.
         shard_mib: MiB of a shard at most, unless one image is larger.
-        max_members, max_unpacked_gib: Caps on one archive.
+        max_members, max_unpacked_gib, max_ratio: Caps on one archive (see ListOptions).
         max_pixels, max_side_px, max_file_mib: Caps on one image.
         address: A Ray cluster; default RAY_ADDRESS, else an embedded one.
         workers: Workers; 0 = one per core.
@@ -79,6 +79,7 @@ class IngestConfig(Config):
     shard_mib: int = Field(64, ge=1)
     max_members: int = Field(ListOptions().max_members, ge=1)
     max_unpacked_gib: float = Field(ListOptions().max_unpacked_gib, gt=0)
+    max_ratio: float = Field(ListOptions().max_ratio, gt=0)
     max_pixels: int = Field(Limits().max_pixels, ge=1)
     max_side_px: int = Field(Limits().max_side_px, ge=1)
     max_file_mib: int = Field(Limits().max_bytes // 2**20, ge=1)
@@ -175,7 +176,7 @@ def _refuse_foreign(root: Path, config: IngestConfig) -> None:
         settings = open_corpus(root).settings
     elif (root / HOME / RUN).exists():
         settings = storage.read_json(root / HOME / RUN)["settings"]
-    elif root.is_dir() and (found := sorted(path.name for path in root.iterdir() if not path.name.startswith("."))):
+    elif root.is_dir() and (found := _foreign(root)):
         raise ConfigError(
             f"{root} is not empty and holds no corpus of `eagleray ingest`: {', '.join(found[:5])}",
             expected="a new or empty folder, or the corpus to resume",
@@ -187,6 +188,11 @@ def _refuse_foreign(root: Path, config: IngestConfig) -> None:
             expected="the command that began it, or another folder",
             fix="give another --out",
         )
+
+
+def _foreign(root: Path) -> list[str]:
+    """What lies in a folder besides what an ingest leaves that was killed at its very start."""
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.name != HOME)
 
 
 def _unchanged(config: IngestConfig, root: Path, note: Callable[[str], None]) -> ShardManifest:
@@ -212,6 +218,7 @@ def _batches(config: IngestConfig, tally: Tally) -> Iterator[Any]:
         image_column=config.image_column,
         max_members=config.max_members,
         max_unpacked_gib=config.max_unpacked_gib,
+        max_ratio=config.max_ratio,
     )
     for source in config.sources:
         yield from sources.list_items(source, options, tally=tally)

@@ -92,13 +92,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _stacks(charts: Sequence[Bars | Histogram | Line]) -> list[list[Bars | Histogram | Line]]:
+def _stacks(charts: Sequence[Block]) -> list[list[Block]]:
     """The two columns of charts: names on the left, curves on the right; of one sort only, they alternate."""
     named = [chart for chart in charts if isinstance(chart, Bars)]
     drawn = [chart for chart in charts if not isinstance(chart, Bars)]
-    if named and drawn:
-        return [named, drawn]
-    return [list(stack) for stack in (charts[::2], charts[1::2]) if stack]
+    columns = (named, drawn) if named and drawn else (charts[::2], charts[1::2])
+    return [list(column) for column in columns if column]
 
 
 def _groups(blocks: Sequence[Block]) -> Iterator[tuple[str, list[Any]]]:

@@ -45,6 +45,7 @@ MANIFEST, DUPLICATES, QUARANTINE, LISTING = (
 DUPLICATES_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("labels", pa.list_(pa.string()))])
 QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "reason", "detail", "digest")])
 LISTED_SCHEMA = pa.schema([("uri", pa.string()), ("stamp", pa.uint64())])
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 SPLITS_SUM_TOLERANCE = 1e-9  # fractions are typed by people: 0.7 + 0.2 + 0.1 is not 1.0 in binary
 
 
@@ -316,9 +317,7 @@ def split_of(image_id: str, fractions: Mapping[str, float], seed: int = 0) -> st
 
 def row_hash(image_id: str, labels: tuple[str, ...], metadata: Mapping[str, str]) -> bytes:
     """SHA-256 of what a corpus says about one image; the corpus digest is that of these, sorted."""
-    value = json.dumps(
-        [image_id, list(labels), dict(metadata)], sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    )
+    value = CANONICAL.encode([image_id, list(labels), dict(metadata)])
     return hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()
 
 

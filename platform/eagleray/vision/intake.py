@@ -28,12 +28,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eagleray.core.commits import CAREFUL_FROM_ATTEMPT, Ledger
+from eagleray.core.errors import storage_error
 from eagleray.vision.corpus import QUARANTINE_SCHEMA, row_hash, split_of
 from eagleray.vision.images import Header, ImageRefused, Limits, validate
 from eagleray.vision.shards import ShardWriter, rewrite, write_table
 from eagleray.vision.sources import locations
 from eagleray.vision.sources.containers import Containers
-from eagleray.vision.sources.reading import read_items
+from eagleray.vision.sources.reading import RUN_ROWS, read_items
 
 HOME = "_ingest"  # of what only the ingest needs; removed when the manifest stands
 SHARDS, INDEX, REFUSED = "shards", f"{HOME}/index", f"{HOME}/refused"
@@ -49,6 +50,8 @@ INDEX_SCHEMA = pa.schema(
         ("is_kept", pa.bool_()),  # within its slice
     ]
 )
+
+RANK = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # built once: json.dumps would for every image
 
 Validate = Callable[[bytes], Header]
 
@@ -100,9 +103,14 @@ class SliceIngester:
             StorageError: The storage refuses or does not answer; nothing is committed.
             RunIncomplete: The slice has failed too often.
         """
-        name = str(unit["unit"])
+        try:
+            return self._ingest(str(unit["unit"]), self._root / unit["slice"])
+        except OSError as error:
+            raise storage_error(error, f"ingesting slice {unit['unit']} of {self._root}") from error
+
+    def _ingest(self, name: str, path_of_slice: Path) -> dict[str, Any]:
         attempt = self._ledger.begin(name)
-        listing = pq.read_table(self._root / unit["slice"])
+        listing = pq.read_table(path_of_slice)
         is_careful = attempt >= CAREFUL_FROM_ATTEMPT
         with (
             _validator(self._limits, is_careful=is_careful) as check,
@@ -135,7 +143,7 @@ class SliceIngester:
         if self._splits and not metadata.get("split"):
             metadata["split"] = split_of(image_id, self._splits, self._seed)
         labels = tuple(row["labels"] or ())
-        rank = json.dumps([not labels, labels, sorted(metadata.items())], ensure_ascii=False, separators=(",", ":"))
+        rank = RANK.encode([not labels, labels, sorted(metadata.items())])
         return _Copy(rank.encode("utf-8", "surrogatepass"), row["uri"], labels, metadata)
 
     @property
@@ -165,8 +173,8 @@ class _Slice:
     def write(self, path: Path) -> dict[str, Any]:
         """Reads and validates everything and writes the shard."""
         with ShardWriter(path, self._ingester.columns) as writer:
-            for at, data in self._ingester.read(self._listing):
-                row = self._known.slice(at, 1).to_pylist()[0]
+            rows = (row for batch in self._known.to_batches(max_chunksize=RUN_ROWS) for row in batch.to_pylist())
+            for row, (_, data) in zip(rows, self._ingester.read(self._listing), strict=True):
                 if isinstance(data, ImageRefused):
                     self._refuse(row["uri"], data, None)
                 else:

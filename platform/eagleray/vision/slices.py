@@ -32,10 +32,9 @@ Stamps = npt.NDArray[np.uint64]
 
 MARKER, FOLDER = "listing.json", "slices"
 SLICE_SCHEMA = LISTING_SCHEMA.append(pa.field("stamp", pa.uint64()))
-UNKNOWN_BYTES = (
-    1 << 20
-)  # an item whose size is not known before it is read: a usual photo, so that shards stay near their size
+UNKNOWN_BYTES = 1 << 20  # taken for an item whose size is not known yet: a usual photo
 MAX_COLUMNS = 1_000
+STAMPED = json.JSONEncoder(ensure_ascii=False)  # built once: json.dumps would for every row
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def stamps_of(table: pa.Table) -> Stamps:
     at = 0
     for batch in table.select(names).to_batches():
         for row in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
-            text = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            text = STAMPED.encode(row).encode("utf-8", "surrogatepass")
             stamps[at] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
             at += 1
     return stamps

@@ -49,13 +49,12 @@ def run(job: yardstick.Job, blocks: int, batch: int, actors: int, threads: int) 
     if not ray.is_initialized():
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         settings = {"object_store_memory": int(os.environ.get("PEER_OBJECT_STORE_MB", "2000")) * 10**6}
-        ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR", **settings)
+        settings |= {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init("local", num_cpus=LOGICAL_CPUS, **settings)
         context = DataContext.get_current()
         context.wait_for_min_actors_s, context.enable_progress_bars = 120, False
     job.out.mkdir(parents=True, exist_ok=True)
-    images = ray.data.read_images(
-        list(job.files), mode="RGB", include_paths=True, override_num_blocks=blocks or None
-    )
+    images = ray.data.read_images(list(job.files), mode="RGB", include_paths=True, override_num_blocks=blocks or None)
     pool = ActorPoolStrategy(size=actors)
     found = images.map(preprocess, fn_kwargs={"job": job}).map_batches(
         Model, batch_size=batch, compute=pool, num_cpus=1, fn_constructor_args=(job, threads)

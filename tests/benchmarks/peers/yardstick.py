@@ -15,9 +15,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -105,14 +106,14 @@ class Meter:
         root_peak_rss_mib: the highest resident size of the root process alone.
     """
 
-    def __init__(self, pid: int | None = None, period_s: float = 0.2) -> None:
+    def __init__(self, pid: int | None = None, period_s: float = 0.25) -> None:
         self._root, self._period_s = psutil.Process(pid or os.getpid()), period_s
         self._cpu: dict[tuple[int, float], float] = {}
         self.peak_rss_mib = self.root_peak_rss_mib = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -170,6 +171,7 @@ def main(run: Callable[..., float], candidates: Sequence[dict[str, Any]]) -> Non
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--settings", type=json.loads, default=candidates[0])
     parser.add_argument("--sweep", type=int, default=0, help="try every candidate on this many images")
+    parser.add_argument("--no-meter", action="store_true", help="someone else measures: do not spend time on it twice")
     args = parser.parse_args()
     files = tuple(sorted(str(path) for path in args.folder.rglob("*.jpg")))
     floats = [tuple(float(part) for part in text.split(",")) for text in (args.mean, args.std)]
@@ -177,9 +179,13 @@ def main(run: Callable[..., float], candidates: Sequence[dict[str, Any]]) -> Non
         for number, settings in enumerate(candidates):
             seconds = run(Job(files[: args.sweep], args.onnx, *floats, args.out / f"sweep-{number}"), **settings)
             tried = min(args.sweep, len(files))
-            print(json.dumps({"settings": settings, "seconds_steady": seconds, "images_per_s": tried / seconds}), flush=True)
+            print(
+                json.dumps({"settings": settings, "seconds_steady": seconds, "images_per_s": tried / seconds}),
+                flush=True,
+            )
         return
-    with Meter() as meter:
+    meter = Meter()
+    with nullcontext() if args.no_meter else meter:
         steady = run(Job(files, args.onnx, *floats, args.out), **args.settings)
     total = time.time() - psutil.Process().create_time()
     top1 = read_top1(args.out)

@@ -11,6 +11,7 @@ Source: the WebDataset format, https://github.com/webdataset/webdataset#the-webd
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -29,7 +30,7 @@ IMAGE_SUFFIXES = frozenset(
 SIDECARS = frozenset({"cls", "json", "txt"})
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_GROUP = 256  # members of one key; more are taken as the next group
-SNIFFED = 64
+SNIFFED, SNIFFED_BYTES = 64, 256 << 20  # members and unpacked bytes that are looked at
 
 
 def scan(source: str, options: ListOptions, tally: Tally) -> Iterator[pa.RecordBatch]:
@@ -47,10 +48,13 @@ SOURCE = Source(scan, is_random_access)
 def is_webdataset(container: str) -> bool:
     """Whether the first members of a tar hold a key with an image and a neighbour."""
     kinds: dict[str, set[bool]] = {}
-    for _, member in islice(members(container, ListOptions()), SNIFFED):
+    uncapped = ListOptions(max_ratio=math.inf, max_unpacked_gib=math.inf)  # the listing that follows has the caps
+    for _, member in islice(members(container, uncapped), SNIFFED):
         if member.isreg() and is_item(parts_of(member.name)):
             key, extension = key_of(member.name)
             kinds.setdefault(key, set()).add(_is_image(extension))
+        if member.offset_data + member.size > SNIFFED_BYTES:
+            break
     return any(len(found) == 2 for found in kinds.values())
 
 

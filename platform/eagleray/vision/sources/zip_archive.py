@@ -231,9 +231,7 @@ def _directory(file: IO[bytes], shown: str) -> tuple[int, int, int]:
     tail_at = max(0, total - 65_535 - END_FORMAT.size)
     file.seek(tail_at)
     tail = file.read()
-    at = tail.rfind(END)
-    while at >= 0 and at + END_FORMAT.size > len(tail):
-        at = tail.rfind(END, 0, at)
+    at = _end_record(tail)
     if at < 0:
         raise DataError(
             f"{shown} is no zip archive, or is cut off",
@@ -249,6 +247,19 @@ def _directory(file: IO[bytes], shown: str) -> tuple[int, int, int]:
     if shift < 0:
         raise _cut_off(shown)
     return start + shift, size, shift
+
+
+def _end_record(tail: bytes) -> int:
+    """Where the end record starts: the last that reaches exactly to the end, else the last that fits; -1 for none."""
+    last_that_fits, at = -1, tail.rfind(END)
+    while at >= 0:
+        if at + END_FORMAT.size <= len(tail):
+            end = at + END_FORMAT.size + END_FORMAT.unpack_from(tail, at)[7]
+            if end == len(tail):
+                return at
+            last_that_fits = at if last_that_fits < 0 else last_that_fits
+        at = tail.rfind(END, 0, at)
+    return last_that_fits
 
 
 def _directory64(file: IO[bytes], shown: str, locator_at: int) -> tuple[int, int, int]:
