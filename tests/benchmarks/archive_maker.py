@@ -1,8 +1,8 @@
 """The benchmark's archives: real photographs, cropped and perturbed into as many distinct JPEGs as a run needs.
 
 Why: a speed figure needs thousands of images whose bytes cost what real ones cost (JPEGs of 500x375 at about 48 KB,
-12 MP at about 3 MB) and no download. The photographs come from scikit-image and scikit-learn; image i of a kind is a function of
-(kind, i) alone, so an archive of 200 is the beginning of the archive of 5,000. Nothing here is timed.
+12 MP at about 3 MB) and no download. The photographs come from scikit-image and scikit-learn; image i of a kind is a
+function of (kind, i) alone, so an archive of 200 is the beginning of the archive of 5,000. Nothing here is timed.
 
 Example:
     python archive_maker.py --cache /tmp/eagleray-bench small 5000
@@ -58,7 +58,7 @@ KINDS = {  # the sizes wanted are a little under what comes out: about 48 kB and
 
 @cache
 def photographs(longest_px: int) -> list[Image.Image]:
-    """The source photographs as RGB, read from the installed packages without importing them, shrunk to `longest_px`."""
+    """The source photographs as RGB, shrunk to `longest_px`; their packages are found, not imported."""
     found = []
     for package, name in PHOTOS:
         spec = find_spec(package)

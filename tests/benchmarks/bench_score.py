@@ -1,9 +1,9 @@
 """Scoring beside its peers: `eagleray score` against canonical Ray Data, a hand-written two-process loop, and daft.
 
-Every round runs every contestant once, one after the other, each in fresh processes on the same two cores, the same images
-(warm page cache), the same ONNX model, the same engine (ONNX Runtime), the same target pixels. A round begins with
-another contestant each time. What is quoted is the median over rounds of the ratio peer / eagleray within a round, with its
-least and most. Prints a Markdown table and writes every figure to a JSON file.
+Every round runs every contestant once, one after the other, each in fresh processes on the same two cores, the same
+images (warm page cache), the same ONNX model, engine (ONNX Runtime) and target pixels. A round begins with another
+contestant each time. Quoted is the median over rounds of the ratio peer / eagleray within a round, with its least and
+most. Prints a Markdown table and writes every figure to a JSON file.
 
 Example:
     python tests/benchmarks/bench_score.py                                                   # all, about an hour
@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from typing import Any
 
 import archive_maker
 import model_maker
-from contestants import EAGLERAY, Outcome, contestants, metered
+from contestants import EAGLERAY, ROOT, Outcome, contestants, metered
 from model_maker import Model
 from resume import resume_after_kill
 
@@ -88,6 +89,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--archives", default="small,large", help="small = 500x375, large = 12 MP")
     parser.add_argument("--models", default="light,heavy", help="12 MP always runs with the first of these only")
     parser.add_argument("--only", default=",".join(PEERS + SINGLE), help=f"any of {', '.join(PEERS + SINGLE)}")
+    parser.add_argument(
+        "--no-sweep", action="store_true", help="peers at their first setting: for a trial of this file"
+    )
     parser.add_argument("--cache", type=Path, default=Path("/tmp/eagleray-bench"))
     parser.add_argument("--cores", type=int, default=2, help="cores that every contestant may use")
     parser.add_argument("--json", type=Path, default=None, help="where the figures go; default CACHE/bench_score.json")
@@ -131,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
     """Where and with what: without it a figure says nothing."""
-    names = ("eagleray", "ray", "onnxruntime", "openvino", "simplejpeg", "pillow", "numpy", "pyarrow")
+    names = ("ray", "onnxruntime", "openvino", "simplejpeg", "pillow", "numpy", "pyarrow")
     versions = {name: metadata.version(name) for name in names}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, check=False)
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     load = os.getloadavg()[0]
     if load > 0.5:
@@ -142,6 +147,7 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
         "cpu": f"{cpu or platform.processor()}, {args.cores} cores used of {os.cpu_count()}",
         "load_before": round(load, 2),
         "python": platform.python_version(),
+        "eagleray": commit.stdout.decode().strip(),
         **versions,
         "rounds": args.rounds,
     }
@@ -171,7 +177,8 @@ def compete(contest: Contest, args: argparse.Namespace, work: Path) -> Contest:
         path.read_bytes()
     everyone = contestants(work, args.cache, args.only)
     for key, each in everyone.items():
-        each.tune(contest.model, contest.archive, contest.sweep_images)
+        if not args.no_sweep:
+            each.tune(contest.model, contest.archive, contest.sweep_images)
         contest.settings[key] = each.settings
     order = list(everyone)
     for number in range(args.rounds):
@@ -190,8 +197,8 @@ def comparison_table(contests: Sequence[Contest], only: Sequence[str]) -> str:
     """The paired table in Markdown."""
     lines = [
         "",
-        "| archive, model | peer | eagleray img/s | peer img/s | steady: peer / eagleray | goal | whole command"
-        " | CPU | peak MiB, eagleray : peer | same top-1 |",
+        "| archive, model | peer | eagleray img/s | peer img/s | times as fast | goal | whole command | CPU"
+        " | peak MiB, eagleray : peer | same top-1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for contest in contests:

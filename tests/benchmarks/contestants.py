@@ -1,7 +1,7 @@
 """Who runs side by side: `eagleray score` and the peers, each as a process of its own, under the same meter.
 
-Every contestant takes a model and an archive and gives back an Outcome; the peers first try their settings on a few images,
-print what each gave, and keep the best. Peers that need other packages than Eagleray's run in a venv that is made here.
+Every contestant takes a model and an archive and gives back an Outcome; the peers first try their settings on a few
+images, print what each gave, and keep the best. Peers that need other packages than Eagleray's run in a venv made here.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Peer:
     name: str
     script: str
     python: Path
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
 
     def _command(self, model: Model, archive: Path, out: Path) -> list[str]:
         mean, std = (",".join(str(value) for value in values) for values in (model.mean, model.std))
@@ -200,7 +200,9 @@ class Peer:
         """One fresh run at the best settings."""
         out = self.work / f"{self.script}-{model.name}-{archive.name}"
         shutil.rmtree(out, ignore_errors=True)
-        command = [*self._command(model, archive, out), "--no-meter", "--settings", json.dumps(self.settings)]
+        command = [*self._command(model, archive, out), "--no-meter"]
+        if self.settings is not None:
+            command += ["--settings", json.dumps(self.settings)]
         text, cost = metered(command, out.with_suffix(".log"))
         told = json.loads(text.splitlines()[-1])
         return Outcome(
@@ -220,7 +222,7 @@ def peers_python(cache_folder: Path) -> Path:
         print(f"# making {home}: {', '.join(PEER_PACKAGES)}", flush=True)
         shutil.rmtree(home, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--quiet", *PEER_PACKAGES], check=True)
         stamp.write_text(wanted)
     return python
 

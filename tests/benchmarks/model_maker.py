@@ -1,10 +1,10 @@
 """The benchmark's two models as bundles: `light` finds the pipeline's limit, `heavy` the engine's.
 
-light = timm's mobilenetv3_small_050: a seeded random backbone, its batch norms fitted to the benchmark's pictures and its
-head solved so that it names the photograph a picture was made from. A plain random network would do for the speed, but
-it amplifies the last bit of a pixel and answers by hair's breadths: two correct pipelines agree on 40 % of its answers. So
-its first spatial filters are shifted towards blurs, and then they agree on 99 %.
-heavy = EfficientNet-Lite0 with its published weights, from its package. tiny = a 32 px mean and a matrix: no cost of its own.
+light = timm's mobilenetv3_small_050: a seeded random backbone, its batch norms fitted to the benchmark's pictures and
+its head solved so that it names the photograph a picture was made from. A plain random network would do for the speed,
+but it amplifies the last bit of a pixel and answers by hair's breadths: two correct pipelines agree on 40 % of its
+answers. So its first spatial filters are shifted towards blurs, and then they agree on 99 %.
+heavy = EfficientNet-Lite0 with its published weights, from its package. tiny = a 32 px mean and a matrix, nearly free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a resume does again: the driver is killed (-9) when half of the images are committed, then the same command runs.
+"""What a resume does again: the driver is killed (-9) when half of the images are committed, then runs once more.
 
 Counted from the run's own ledger: a unit with two attempts was begun before the kill and done again after it.
 """
@@ -41,7 +41,9 @@ def _once(model: Model, archive: Path, out: Path) -> dict[str, Any]:
         descendants = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        psutil.wait_procs(descendants, timeout=GONE_S)  # they end by themselves, or hold the resume up as they would
+        _, left = psutil.wait_procs(descendants, timeout=GONE_S)
+    for survivor in left:
+        survivor.kill()
     before = _committed(out)
     _, cost = metered(command, out.with_suffix(".resume.log"))
     attempts = _attempts(out)
@@ -52,6 +54,7 @@ def _once(model: Model, archive: Path, out: Path) -> dict[str, Any]:
     return {
         "images": total,
         "committed": sum(before.values()),
+        "processes_left_behind": len(left),
         "committed_lost": sum(rows for unit, rows in before.items() if after.get(unit) != rows),
         "units_again": len(again),
         "images_again": sum(after[unit] for unit in again),

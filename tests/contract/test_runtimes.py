@@ -23,7 +23,7 @@ from eagleray.vision.imports import ImportConfig, import_model
 PARITY = 1e-4  # the law of issue 2: FP32 engines differ by rounding only
 BATCH_PARITY = 1e-5  # one engine, another batch size: other kernels, same arithmetic
 SIZE = 64
-TIMM = ("resnet10t", "mobilenetv3_small_050")
+TIMM = ("resnet10t", "mobilenetv3_small_050", "test_vit")
 MODELS = (*TIMM, "lite0", "tiny")
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -31,11 +31,11 @@ CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 def _seeded_weights(architecture: str, path: Path) -> None:
     """Random weights, fixed by the seed, whose batch norms have seen pixels: outputs that differ between pictures."""
     import torch
-    from eagleray.vision.backbones import Backbone, create
+    from eagleray.vision.backbones import Backbone, create, size_args
     from safetensors.torch import save_file
 
     torch.manual_seed(5)
-    model = create(Backbone(name=architecture, num_classes=7))
+    model = create(Backbone(name=architecture, num_classes=7, model_args=size_args(architecture, SIZE)))
     pixels = torch.rand(16, 3, SIZE, SIZE) * torch.rand(16, 3, 1, 1) * 4 - 2
     with torch.no_grad():
         model.train()
@@ -102,7 +102,7 @@ def test_runtimes_agree(name: str, bundles: Callable[[str], ModelBundle], pictur
         runtime: Classifier(bundle, runtime, threads=1, wants_embedding=True).infer(pixels) for runtime in runtimes
     }
     reference = answers.pop("torch", None) or answers.pop("onnx")
-    assert len(set(reference.probabilities.argmax(1).tolist())) > 1, "a law over one answer says little"
+    assert np.ptp(reference.probabilities, axis=0).max() > 0.1, "a law over equal answers says little"
     for answer in answers.values():
         assert np.abs(answer.probabilities - reference.probabilities).max() <= PARITY
         assert (answer.probabilities.argmax(1) == reference.probabilities.argmax(1)).all()

@@ -1,4 +1,4 @@
-"""What may go wrong does, on a real Ray of several nodes: nothing is lost, nothing is doubled, every answer is the same."""
+"""What may go wrong does, on a real Ray of several nodes: nothing is lost, nothing doubled, every answer the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def words(archive: Path, model: Path, out: Path, ray: Ray, *more: str) -> list[s
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: Ray, archive: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+def undisturbed(
+    ray_cluster: Ray, archive: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> pa.Table:
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = run(ray_cluster.env, *words(archive, tiny_model, out, ray_cluster))
     assert done.returncode == 0, done.stderr
@@ -181,8 +183,10 @@ def test_one_percent_of_poison_costs_itself_only(
     rows = {row["uri"]: row for row in table.to_pylist()}
     found = {uri for uri, row in rows.items() if row["reason"] == "poison"}
     manifest = commits.read_manifest(out)
-    print(f"poison: {len(poison)}, quarantined as poison: {len(found)}, totals {manifest['images_in']} = "
-          f"{manifest['scored']} + {manifest['quarantined']}")
+    print(
+        f"poison: {len(poison)}, quarantined as poison: {len(found)}, totals {manifest['images_in']} = "
+        f"{manifest['scored']} + {manifest['quarantined']}"
+    )
     assert found == set(poison)
     assert max(commits.Ledger(out, _key(out)).attempts().values()) <= 4
     assert manifest["images_in"] == manifest["scored"] + manifest["quarantined"] == undisturbed.num_rows

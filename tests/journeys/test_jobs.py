@@ -24,7 +24,13 @@ def submit(ray: Ray, *entrypoint: str, env: dict[str, str] | None = None) -> sub
 def test_ingest_and_score_as_jobs(ray: Ray, archive: Path, tiny_model: Path, tmp_path: Path) -> None:
     corpus, out = tmp_path / "corpus", tmp_path / "scores"
     ingested = submit(
-        ray, sys.executable, "ingest.py", "--recipe", "recipes/ingest-smoke.yaml", f"sources=[{archive}]", f"out={corpus}"
+        ray,
+        sys.executable,
+        "ingest.py",
+        "--recipe",
+        "recipes/ingest-smoke.yaml",
+        f"sources=[{archive}]",
+        f"out={corpus}",
     )
     assert ingested.returncode == 0, ingested.stdout + ingested.stderr
     manifest = storage.read_json(corpus / "manifest.json")
@@ -45,7 +51,9 @@ def test_ingest_and_score_as_jobs(ray: Ray, archive: Path, tiny_model: Path, tmp
 
 
 def test_a_job_that_fails_says_why_and_is_not_a_success(ray: Ray, tiny_model: Path, tmp_path: Path) -> None:
-    failed = submit(ray, sys.executable, "score.py", f"source={tmp_path}/absent", f"model={tiny_model}", f"out={tmp_path}/o")
+    failed = submit(
+        ray, sys.executable, "score.py", f"source={tmp_path}/absent", f"model={tiny_model}", f"out={tmp_path}/o"
+    )
     assert failed.returncode != 0
     assert "error: " in failed.stdout
     assert "Traceback" not in failed.stdout.split("error: ", 1)[1].split("do: ")[0]

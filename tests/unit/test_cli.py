@@ -236,7 +236,7 @@ def test_guarded_returns_the_bodys_code() -> None:
     assert (guarded(lambda: None), guarded(lambda: 5)) == (0, 5)
 
 
-def test_predict_says_an_unreadable_image_and_scores_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_file_is_looked_at_before_it_is_read(tmp_path: Path) -> None:
     from eagleray.cli import predict
     from eagleray.vision.images import ImageRefused, Reason
 
@@ -250,3 +250,50 @@ def test_predict_says_an_unreadable_image_and_scores_the_rest(tmp_path: Path, mo
     with pytest.raises(ImageRefused) as refused:
         predict.read_image(tmp_path / "a.jpg")
     assert refused.value.reason == Reason.TOO_LARGE
+
+
+def test_predict_quarantines_what_it_cannot_read_and_fails_only_when_nothing_was_scored(
+    tmp_path: Path, tiny_model: Path, make_photo: Any
+) -> None:
+    good, cut, none = tmp_path / "good.jpg", tmp_path / "cut.jpg", tmp_path / "none.jpg"
+    good.write_bytes(make_photo(1))
+    cut.write_bytes(make_photo(2)[:300])
+    model = ("--model", str(tiny_model), "--json")
+    some = CliRunner().invoke(app, ["predict", str(none), str(good), str(cut), *model])
+    rows = json.loads(some.stdout)
+    assert some.exit_code == 0
+    assert [(row["status"], row["reason"]) for row in rows] == [
+        ("quarantined", "unreadable"), ("scored", None), ("quarantined", "truncated"),
+    ]  # fmt: skip
+    assert [row["image"] for row in rows] == [str(none), str(good), str(cut)]
+    assert CliRunner().invoke(app, ["predict", str(none), str(cut), *model]).exit_code == 3
+    missing = CliRunner().invoke(app, ["predict", *model])
+    assert missing.exit_code == 2
+    assert "images: missing" in missing.stderr
+
+
+def test_predict_says_its_rows_as_a_table(tmp_path: Path, tiny_model: Path, make_photo: Any) -> None:
+    (tmp_path / "good.jpg").write_bytes(make_photo(1))
+    said = (
+        CliRunner().invoke(app, ["predict", str(tmp_path / "good.jpg"), "none.jpg", "--model", str(tiny_model)]).stdout
+    )
+    assert said.splitlines()[0].split() == ["image", "status", "label", "name", "score", "decision"]
+    assert said.splitlines()[-1].startswith("none.jpg: unreadable: ")
+
+
+@pytest.mark.parametrize("verb", ["ingest", "import", "score", "predict", "demo"])
+def test_options_are_fields_of_their_config(verb: str) -> None:
+    """An option that its Config does not know would be refused on every use."""
+    import inspect as python_inspect
+
+    from eagleray.cli import archive, predict
+    from eagleray.flows import demo, ingest, score
+    from eagleray.vision import imports
+
+    kinds: dict[str, Any] = {
+        "ingest": ingest.IngestConfig, "import": imports.ImportConfig, "score": score.ScoreConfig,
+        "predict": predict.PredictConfig, "demo": demo.DemoConfig,
+    }  # fmt: skip
+    function = getattr(archive, VERBS[verb].target.split(":")[1])
+    options = set(python_inspect.signature(function).parameters) - {"common"}
+    assert options <= set(kinds[verb].model_fields)

@@ -1,4 +1,4 @@
-"""Laws of the ledger: one winner a unit, a manifest that balances or does not exist, readers that see listed parts only."""
+"""Laws of the ledger: one winner a unit, a manifest that balances or is absent, readers that see listed parts only."""
 
 from __future__ import annotations
 

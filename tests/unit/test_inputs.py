@@ -90,10 +90,7 @@ def test_files_of_one_size_meet_in_one_unit(tmp_path: Path) -> None:
         (folder / f"zz{number}.jpg").write_bytes(b"x" * 50_000)
     frozen = freeze(folder, tmp_path / "input")
     homes = {
-        unit["unit"]
-        for unit in frozen.units
-        for size in read_unit_listing(unit)["size"].to_pylist()
-        if size == 50_000
+        unit["unit"] for unit in frozen.units for size in read_unit_listing(unit)["size"].to_pylist() if size == 50_000
     }
     assert len(homes) == 1
 

@@ -1,4 +1,4 @@
-"""Laws of `score` in process: totals balance, the same command resumes, nothing stale is reused, bad input says what to do."""
+"""Laws of `score` in process: totals balance, the same command resumes, nothing stale is reused, bad input is said."""
 
 from __future__ import annotations
 
@@ -196,13 +196,22 @@ def test_bad_input_says_what_to_do(photos: Path, tiny_model: Path, tmp_path: Pat
 
 
 def test_a_small_run_loads_neither_torch_nor_ray(photos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    photo = str(photos / "a" / "01.jpg")
+    verbs = [
+        ["eagleray", "predict", photo, "--model", str(tiny_model), "--json"],
+        ["eagleray", "score", str(photos), "--model", str(tiny_model), "--out", str(tmp_path / "r")],
+    ]
     code = (
-        "import sys; from eagleray.cli.main import main\n"
-        f"sys.argv = ['eagleray', 'predict', {str(photos / 'a' / '01.jpg')!r}, '--model', {str(tiny_model)!r}, '--json']\n"
-        "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
-        f"sys.argv = ['eagleray', 'score', {str(photos)!r}, '--model', {str(tiny_model)!r}, '--out', {str(tmp_path / 'r')!r}]\n"
-        "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
-        "loaded = {'torch', 'ray'} & set(sys.modules); assert not loaded, loaded\n"
+        "import sys; from eagleray.cli.main import main
+"
+        f"for sys.argv in {verbs!r}:
+"
+        "    try: main()
+"
+        "    except SystemExit as end: assert not end.code, end.code
+"
+        "loaded = {'torch', 'ray'} & set(sys.modules); assert not loaded, loaded
+"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "EAGLERAY_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Laws of one unit: a row for each uri, duplicates inferred once, a refusal costs itself, care from the third attempt on."""
+"""Laws of one unit: a row for each uri, duplicates inferred once, a refusal costs itself, care from attempt three."""
 
 from __future__ import annotations
 

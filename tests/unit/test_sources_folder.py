@@ -79,14 +79,14 @@ def test_metadata_is_kept_and_the_deepest_file_wins(tmp_path: Path) -> None:
             "cat/2.jpg": b"2",
             "dog/3.jpg": b"3",
             "metadata.csv": "file_name,site,split\ncat/1.jpg,north,\n./cat/2.jpg,south,test\ngone.jpg,x,\n",
-            "cat/metadata.jsonl": '{"file_name": "2.jpg", "site": "deep", "labels": ["x", "y"], "width": 3, "ok": true}\n',
+            "cat/metadata.jsonl": '{"file_name": "2.jpg", "site": "deep", "labels": ["x", "y"], "width": 3, "ok": 1}',
         },
     )
     tally = Tally()
     list(sources.list_items(str(tmp_path / "a"), tally=tally))
     assert said(tmp_path / "a") == {
         "cat/1.jpg": (["cat"], {"site": "north"}),
-        "cat/2.jpg": (["x", "y"], {"meta_width": "3", "ok": "true", "site": "deep", "split": "test"}),
+        "cat/2.jpg": (["x", "y"], {"meta_width": "3", "ok": "1", "site": "deep", "split": "test"}),
         "dog/3.jpg": (["dog"], {}),
     }
     assert (tally.metadata_rows, tally.metadata_matched) == (4, 3)

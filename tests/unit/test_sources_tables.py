@@ -80,9 +80,8 @@ def test_shards_as_the_webdataset_library_writes_them(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(5):
-            writer.write(
-                {"__key__": f"s{number:03d}", "jpg": b"image %d" % number, "cls": number, "json": {"n": number}}
-            )
+            about = {"n": number}
+            writer.write({"__key__": f"s{number:03d}", "jpg": b"image %d" % number, "cls": number, "json": about})
     assert read(tmp_path / "a.tar") == [b"image %d" % number for number in range(5)]
     assert [row[1:] for row in rows(tmp_path / "a.tar")] == [([str(n)], {"n": str(n)}) for n in range(5)]
 

@@ -1,4 +1,4 @@
-"""Laws of the tar reader: offsets are those of the data, streams are read forward, damage is never taken for the end."""
+"""Laws of the tar reader: offsets are those of the data, streams are read forward, damage is not the end."""
 
 from __future__ import annotations
 

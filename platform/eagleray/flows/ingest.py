@@ -31,7 +31,8 @@ from eagleray.core.commits import LEDGER, Ledger, collect_garbage
 from eagleray.core.config import Config, digest, digest_json
 from eagleray.core.errors import ConfigError, DataError, RunIncomplete
 from eagleray.core.progress import Progress
-from eagleray.flows.pool import Pool, map_units
+from eagleray.flows.pool import Pool
+from eagleray.flows.units import map_units
 from eagleray.vision import sources
 from eagleray.vision.consolidation import Finish, consolidate
 from eagleray.vision.corpus import CORPUS_SCHEMA, LISTING, ShardManifest, is_corpus, open_corpus, split_of

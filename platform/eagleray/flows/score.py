@@ -29,7 +29,8 @@ from eagleray.core.config import Config, digest_json
 from eagleray.core.errors import ConfigError
 from eagleray.core.progress import Progress
 from eagleray.core.tables import find
-from eagleray.flows.pool import Pool, cores, map_units
+from eagleray.flows.pool import Pool, cores
+from eagleray.flows.units import map_units
 from eagleray.infer.runtimes import RUNTIMES
 from eagleray.infer.scoring import ScoreSettings
 from eagleray.vision.bundle import ModelBundle, load_bundle

@@ -33,7 +33,7 @@ FIXED = (
     ("format", pa.string()),
     ("labels", pa.list_(pa.string())),
 )
-ROW_GROUP_IMAGES = 256
+ROW_GROUP_IMAGES = 128
 ROW_GROUP_BYTES = 32 << 20  # what a writer and a reader hold at a time
 
 

@@ -1,7 +1,7 @@
 """Peer: daft reads, decodes and resizes; a user-defined class calls the same ONNX model; daft writes Parquet.
 
-daft's own resize knows no bicubic filter, so both are tried: its own pixels, and Pillow's inside the class. Steady state: from
-the start of the query, daft being imported, to the last result written (daft loads the model while it decodes the first images).
+daft's own resize knows no bicubic filter, so both are tried: its own pixels, and Pillow's inside the class. Steady
+state: from the start of the query, daft being imported, to the last result written; the model loads meanwhile.
 """
 
 import os

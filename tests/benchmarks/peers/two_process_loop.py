@@ -1,4 +1,4 @@
-"""Peer: the loop that an engineer writes by hand. Two processes, simplejpeg, Pillow, ONNX Runtime on one core each, no Ray.
+"""Peer: the loop an engineer writes by hand. Two processes, simplejpeg, Pillow, ONNX Runtime on one core each, no Ray.
 
 Steady state: from the moment both have their model loaded to the last Parquet file closed.
 """

@@ -1,6 +1,6 @@
-"""What every peer shares, so that nothing but its pipeline differs: the target pixels, the engine, the meter, the one JSON line.
+"""What every peer shares, so that nothing but its pipeline differs: target pixels, engine, meter, the one JSON line.
 
-A peer is `run(job, **settings) -> seconds of its steady state` and a list of settings to try; `main` gives it a command line:
+A peer is `run(job, **settings) -> seconds of its steady state` and a list of settings to try; `main` does the rest:
 
     python two_process_loop.py --folder DIR --onnx FILE --out DIR --sweep 400      # one line per setting tried
     python two_process_loop.py --folder DIR --onnx FILE --out DIR --settings '{"batch": 16}'
@@ -162,7 +162,7 @@ def digest(top1: dict[str, int]) -> str:
 
 
 def main(run: Callable[..., float], candidates: Sequence[dict[str, Any]]) -> None:
-    """The command line of a peer: tries every candidate on a few images, or runs one on all and prints its JSON line."""
+    """The command line of a peer: tries every candidate on a few images, or runs one on all; prints JSON lines."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--onnx", required=True)

@@ -1,7 +1,7 @@
-"""Faults for journeys: Python imports this file at start when its folder is on PYTHONPATH. The product holds no test hook.
+"""Faults for journeys: Python imports this at start when its folder is on PYTHONPATH. The product holds no test hook.
 
-The file that EAGLERAY_TEST_FAULTS names says what goes wrong; without the file nothing does. It is read at each call, so
-that one cluster serves many journeys:
+The file that EAGLERAY_TEST_FAULTS names says what goes wrong; without the file nothing does. It is read at each call,
+so that one cluster serves many journeys:
 
 - ``slow_ms``: every decode sleeps so long;
 - images that carry a marker: ``POISON-ABORT`` kills the process, ``POISON-HANG`` never returns, ``POISON-MEMORY`` eats
