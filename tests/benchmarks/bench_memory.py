@@ -23,7 +23,8 @@ from typing import Any
 import archive_maker
 import model_maker
 from bench_score import describe_machine
-from contestants import EAGLERAY, metered
+from checkout import EAGLERAY
+from contestants import metered
 
 FLAT_COST = 1.10  # issue 2: the cost of an image at 200k within 10 % of that at 20k
 INGEST_DRIVER_MIB = 1_500.0  # issue 2: ingesting 200k small files stays under 1.5 GB on the driver
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = args.cache / "runs"
     machine = describe_machine(args)
     print("\n".join(f"# {name}: {value}" for name, value in machine.items()), flush=True)
-    bundle = model_maker.make(args.cache, "tiny", EAGLERAY).bundle
+    bundle = model_maker.make(args.cache, "tiny").bundle
     archives = {count: archive_maker.make(args.cache, "tiny", count) for count in args.counts}
     found: dict[str, dict[int, list[dict[str, float]]]] = {verb: {n: [] for n in args.counts} for verb in args.verbs}
     for number in range(args.rounds):
@@ -98,17 +99,28 @@ def table(verb: str, runs: dict[int, list[dict[str, float]]]) -> str:
         steady, cpu = (1_000 * row[name] / count for name in ("seconds_steady", "cpu_s"))
         peaks = f"{row['driver_peak_mib']:,.0f} | {row['peak_rss_mib']:,.0f}"
         lines.append(f"| {count:,} | {peaks} | {row['seconds']:.1f} | {steady:.3f} | {cpu:.3f} |")
-    *_, before, last = sorted(middle) if len(middle) > 1 else [*middle, *middle]
-    first = min(middle)
-    grown = middle[last]["driver_peak_mib"] / middle[first]["driver_peak_mib"]
-    slower = (middle[last]["seconds_steady"] / last) / (middle[before]["seconds_steady"] / before)
     lines.append("")
+    first, *_, last = (*sorted(middle), max(middle))
+    grown = middle[last]["driver_peak_mib"] / middle[first]["driver_peak_mib"]
     lines.append(f"driver memory at {last:,} / {first:,}: {grown:.2f}x ({_met(grown, FLAT_DRIVER)})")
-    lines.append(f"cost of an image at {last:,} / {before:,}: {slower:.2f}x ({_met(slower, FLAT_COST)})")
+    if len(middle) > 1:
+        before = sorted(middle)[-2]
+        slower = (middle[last]["seconds_steady"] / last) / (middle[before]["seconds_steady"] / before)
+        lines.append(f"cost of an image at {last:,} / {before:,}: {slower:.2f}x ({_met(slower, FLAT_COST)})")
+    if len(middle) > 2:
+        first, before = sorted(middle)[-3:-1]
+        late, early = marginal_ms(middle, before, last), marginal_ms(middle, first, before)
+        shown = f"{late:.3f} / {early:.3f} ms = {late / early:.2f}x ({_met(late / early, FLAT_COST)})"
+        lines.append(f"each further image, {before:,} to {last:,} / {first:,} to {before:,}: {shown}")
     if verb == "ingest":
         peak = middle[last]["driver_peak_mib"]
         lines.append(f"driver memory of the ingest of {last:,}: {peak:,.0f} MiB ({_met(peak, INGEST_DRIVER_MIB)})")
     return "\n".join(lines)
+
+
+def marginal_ms(middle: dict[int, dict[str, float]], fewer: int, more: int) -> float:
+    """Milliseconds that each image adds between two sizes: what a command's fixed start cannot hide."""
+    return 1_000 * (middle[more]["seconds"] - middle[fewer]["seconds"]) / (more - fewer)
 
 
 def _met(value: float, goal: float) -> str:

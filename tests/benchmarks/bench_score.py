@@ -29,7 +29,8 @@ from typing import Any
 
 import archive_maker
 import model_maker
-from contestants import EAGLERAY, ROOT, Outcome, contestants, metered
+from checkout import EAGLERAY, ROOT
+from contestants import Outcome, contestants, metered
 from model_maker import Model
 from resume import resume_after_kill
 
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.time()
     machine = describe_machine(args)
     print("\n".join(f"# {name}: {value}" for name, value in machine.items()), flush=True)
-    models = {name: model_maker.make(args.cache, name, EAGLERAY) for name in args.models}
+    models = {name: model_maker.make(args.cache, name) for name in args.models}
     found: dict[str, Any] = {"machine": machine, "contests": {}}
     if set(args.only) & set(PEERS):
         contests = [compete(each, args, work) for each in plan(args, models)]

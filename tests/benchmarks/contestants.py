@@ -7,7 +7,6 @@ images, print what each gave, and keep the best. Peers that need other packages 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -21,12 +20,11 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
+from checkout import EAGLERAY, environment
 from model_maker import Model
 from peers.yardstick import Meter, digest, read_top1
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-EAGLERAY = (sys.executable, "-m", "eagleray.cli.main")
 PEER_PACKAGES = (
     "daft==0.7.26",
     "numpy==2.4.6",
@@ -61,13 +59,6 @@ class Outcome:
         """The figures, and the digest of the answers instead of the answers."""
         figures = {"images": self.images, "seconds_steady": self.seconds_steady, **vars(self.cost)}
         return {**figures, "top1": digest(dict(self.top1))}
-
-
-def environment() -> dict[str, str]:
-    """The environment of every contestant: this checkout, no cluster but its own, nothing phones home."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "EAGLERAY_"))}
-    path = os.pathsep.join([str(ROOT / "platform"), *filter(None, [kept.get("PYTHONPATH")])])
-    return {**kept, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true"}
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import archive_maker
 import numpy as np
+from checkout import EAGLERAY, environment, make_importable
 from peers import yardstick
 
 SEED = 20261123
@@ -38,19 +38,19 @@ class Model:
     labels: tuple[str, ...]
 
 
-def make(cache_folder: Path, name: str, eagleray: Sequence[str]) -> Model:
+def make(cache_folder: Path, name: str) -> Model:
     """The bundle of a model, imported once through the command line; what is there is used.
 
     Args:
         cache_folder: where bundles live.
         name: "light", "heavy" or "tiny".
-        eagleray: the command, as a list of arguments.
     """
     bundle = cache_folder / "bundles" / name
     if not (bundle / "bundle.json").is_file():
         shutil.rmtree(bundle, ignore_errors=True)
         bundle.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*eagleray, "import", *_source(cache_folder, name), "--out", str(bundle)], check=True)
+        command = [*EAGLERAY, "import", *_source(cache_folder, name), "--out", str(bundle)]
+        subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
     told = json.loads((bundle / "bundle.json").read_bytes())
     spec = told["image_spec"]
     labels = tuple(label["id"] for label in told["labels"])
@@ -70,6 +70,7 @@ def _source(cache_folder: Path, name: str) -> list[str]:
 
 
 def _fit_light(path: Path) -> None:
+    make_importable()
     from eagleray.vision.torchvision_guard import ensure_importable
 
     ensure_importable()

@@ -1,4 +1,4 @@
-"""A real Ray of several nodes on this machine, in a process of its own: prints its address, ends when stdin does.
+"""A real Ray of several nodes on this machine: prints its address, adds a node for a line "add", ends with stdin.
 
 Started by the journeys' fixture with RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 (every listener on 127.0.0.1) and a token.
 """
@@ -32,7 +32,10 @@ def main() -> None:
         cluster.add_node(num_cpus=2, object_store_memory=150_000_000)
     cluster.wait_for_nodes()
     print(json.dumps({"address": cluster.address, "dashboard": f"http://127.0.0.1:{port}"}), flush=True)
-    sys.stdin.read()
+    for line in sys.stdin:
+        if line.strip() == "add":
+            cluster.add_node(num_cpus=2, object_store_memory=150_000_000)
+            print("added", flush=True)
     cluster.shutdown()
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,23 @@ class Ray:
         dashboard: For ``ray job submit``.
         env: Environment of every command that talks to it.
         faults: File that says what goes wrong; absent = nothing.
+    process: Holds the cluster.
     """
 
     address: str
     dashboard: str
     env: dict[str, str]
     faults: Path
-    extra: dict[str, Any] = field(default_factory=dict)
+    process: subprocess.Popen[str]
+
+    def add_node(self) -> None:
+        """Adds a node in place of one that a journey took away."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write("add\n")
+        self.process.stdin.flush()
+        while self.process.stdout.readline().strip() != "added":
+            pass
 
     def go_wrong(self, **faults: Any) -> None:
         self.faults.write_text(json.dumps(faults))
@@ -58,6 +68,9 @@ def environment(home: Path) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
+        "RAY_health_check_period_ms": "2000",  # a node that stops is given up after some 15 s, not a minute
+        "RAY_health_check_timeout_ms": "5000",
+        "RAY_health_check_failure_threshold": "3",
     }
 
 
@@ -79,7 +92,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
     while line and not line.startswith("{"):
         line = process.stdout.readline()
     assert line, (home / "cluster.log").read_text()[-3000:]
-    yield Ray(**json.loads(line), env=env, faults=home / "faults.json")
+    yield Ray(**json.loads(line), env=env, faults=home / "faults.json", process=process)
     assert process.stdin
     process.stdin.close()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -115,10 +116,13 @@ def stopped(tmp_path: Path) -> Iterator[Callable[[], int]]:
 def test_a_zombie_that_writes_late_adds_nothing(
     ray: Ray, archive: Path, tiny_model: Path, undisturbed: pa.Table, tmp_path: Path, stopped: Callable[[], int]
 ) -> None:
-    marker = tmp_path / "zombie"
+    """A child of a small run stops between writing and committing, its driver dies, another commits, it wakes up."""
+    marker, out = tmp_path / "zombie", tmp_path / "zombied"
     ray.go_wrong(stop_before_commit=str(marker))
-    out = tmp_path / "zombied"
-    driver = start(ray.env, *words(archive, tiny_model, out, ray), log=tmp_path / "log")
+    line = words(archive, tiny_model, out, ray, "--set", "in_process_below=100000")
+    line = [word for word in line if word not in ("--address", ray.address, "in_process_below=0")]
+    line.remove("--set")
+    driver = start(ray.env, *line, log=tmp_path / "log")
     zombie = wait_for(stopped)
     _, unit, part = marker.read_text().split()
     wait_for(lambda: committed(out) >= 3)
@@ -127,17 +131,45 @@ def test_a_zombie_that_writes_late_adds_nothing(
     assert psutil.Process(zombie).status() == psutil.STATUS_STOPPED
     assert (out / part).exists()  # written aside, not committed: the worst moment
     ray.go_wrong()
-    done = run(ray.env, *words(archive, tiny_model, out, ray))
+    done = run(ray.env, *line)
     assert done.returncode == 0, done.stderr
     winner = commits.Ledger(out, _key(out)).committed()[unit]["path"]
     assert winner != part
-    os.kill(zombie, signal.SIGCONT)  # it wakes up and goes on to commit, if its raylet lets it
-    wait_for(lambda: not psutil.pid_exists(zombie) or psutil.Process(zombie).status() == psutil.STATUS_ZOMBIE, 30)
+    os.kill(zombie, signal.SIGCONT)  # it wakes up, goes on to commit, and loses
+    wait_for(lambda: not psutil.pid_exists(zombie))
     assert commits.Ledger(out, _key(out)).committed()[unit]["path"] == winner
     assert_accounted(out, undisturbed)
-    again = run(ray.env, *words(archive, tiny_model, out, ray))
+    again = run(ray.env, *line)
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
+    assert {path.name for path in (out / "scores").iterdir()} == {
+        Path(listed["path"]).name for listed in commits.read_manifest(out)["parts"]
+    }
+
+
+def test_a_node_that_stops_and_comes_back(
+    ray: Ray, archive: Path, tiny_model: Path, undisturbed: pa.Table, tmp_path: Path, stopped: Callable[[], int]
+) -> None:
+    """A worker stops before its commit, its node with it; Ray gives the unit out again; both wake up after the end."""
+    marker, out = tmp_path / "zombie", tmp_path / "node"
+    ray.go_wrong(stop_before_commit=str(marker), slow_ms=2)
+    driver = start(ray.env, *words(archive, tiny_model, out, ray), log=tmp_path / "log")
+    worker = psutil.Process(wait_for(stopped))
+    raylet = worker.parent()
+    assert raylet is not None
+    _, unit, part = marker.read_text().split()
+    raylet.suspend()
+    try:
+        driver.wait(240)
+    finally:
+        text = (tmp_path / "log").read_text()
+        raylet.resume()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.resume()
+        ray.add_node()
+    assert driver.returncode == 0, text[-2000:]
+    time.sleep(4)  # the time a worker has to write before it learns that its node is dead
+    assert commits.Ledger(out, _key(out)).committed()[unit]["path"] != part
     assert_accounted(out, undisturbed)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from eagleray.core.errors import ArtifactError, ConfigError
+from eagleray.core.errors import ArtifactError, ConfigError, DataError
 from eagleray.vision import corpus as corpora
 from eagleray.vision.corpus import (
     Sample,
@@ -218,6 +218,8 @@ def test_image_bytes_are_neither_compressed_nor_repeated_in_the_footer(corpus: S
 def test_a_corpus_shard_is_itself_a_source(
     corpus: ShardManifest, tmp_path: Path, ingest_here: Callable[..., ShardManifest]
 ) -> None:
+    with pytest.raises(DataError, match="is a corpus already"):
+        ingest_here(str(corpus.path), tmp_path / "again")
     again = ingest_here(f"{corpus.path}/shards/*.parquet", tmp_path / "again")
     assert again.digest == corpus.digest
 

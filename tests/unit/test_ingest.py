@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from eagleray.core.errors import ArtifactError, ConfigError, DataError, RunIncomplete
+from eagleray.core.errors import ArtifactError, ConfigError, DataError, RunIncomplete, StorageError
 from eagleray.flows import ingest
 from eagleray.flows.ingest import IngestConfig
 from eagleray.vision import sources
@@ -69,15 +70,16 @@ def run_and_die(config: IngestConfig, step: int) -> bool:
         os._exit(0)
 
 
+@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.full)])
 def test_killed_between_any_two_steps_it_ends_in_the_same_corpus(
-    files: Files, tmp_path: Path, ingest_here: Ingest
+    stride: int, files: Files, tmp_path: Path, ingest_here: Ingest
 ) -> None:
     source = make_zip(tmp_path, files)
     expected = ingest_here(source, tmp_path / "undisturbed", **SMALL)
     out = tmp_path / "killed"
     config = IngestConfig(sources=source, out=str(out), in_process_below=10**9, **SMALL)
     deaths = 0
-    for step in range(1, 400, 3):
+    for step in range(1, 400, stride):
         shutil.rmtree(out, ignore_errors=True)
         if not run_and_die(config, step):
             break
@@ -86,16 +88,58 @@ def test_killed_between_any_two_steps_it_ends_in_the_same_corpus(
         totals = (corpus.digest, corpus.images, corpus.duplicates, corpus.quarantined, corpus.uris_in)
         assert totals == (expected.digest, 18, 4, 2, 24), f"killed at step {step}"
         assert left_over(out) == []
-    assert deaths > 30
-    verify(corpus)
+        verify(corpus)
+    assert deaths > 100 // stride
 
 
 def test_killed_again_and_again_it_gets_there(files: Files, tmp_path: Path, ingest_here: Ingest) -> None:
     source = make_zip(tmp_path, files)
     config = IngestConfig(sources=source, out=str(tmp_path / "out"), in_process_below=10**9, **SMALL)
-    for _ in range(6):
-        assert run_and_die(config, 40)
+    deaths = 0
+    while run_and_die(config, 40):
+        deaths += 1
+        assert deaths < 20
+    assert deaths > 1
     assert ingest_here(source, tmp_path / "out", **SMALL).digest == ingest_here(source, tmp_path / "b", **SMALL).digest
+
+
+def test_no_space_at_any_sync_and_the_same_command_again(
+    files: Files, tmp_path: Path, ingest_here: Ingest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_zip(tmp_path, files)
+    expected = ingest_here(source, tmp_path / "expected", **SMALL)
+    real, left = os.fsync, 0
+
+    def fsync(fd: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    failures = 0
+    for number in range(1, 200, 11):
+        left = number
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        try:
+            ingest_here(source, tmp_path / "out", **SMALL)
+            break
+        except StorageError as error:
+            failures += "No space left" in error.seen
+        assert not (tmp_path / "out" / "manifest.json").exists() or open_corpus(tmp_path / "out").uris_in == 24
+        assert ingest_here(source, tmp_path / "out", **SMALL).digest == expected.digest
+        assert left_over(tmp_path / "out") == []
+    assert failures > 2
+
+
+@pytest.mark.usefixtures("ingest_here")
+def test_nothing_but_bad_items_is_a_corpus_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_zip(tmp_path, {"a/1.jpg": b"", "a/2.jpg": b"no photo"})
+    corpus = ingest.run(IngestConfig(sources=source, out=str(tmp_path / "out"), in_process_below=10**9))
+    assert "none of the 2 items is an image" in capsys.readouterr().err
+    assert (corpus.uris_in, corpus.images, corpus.quarantined, corpus.shards) == (2, 0, 2, ())
+    assert open_corpus(tmp_path / "out") == corpus
 
 
 def test_committed_slices_are_not_done_again(

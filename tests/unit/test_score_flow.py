@@ -202,16 +202,11 @@ def test_a_small_run_loads_neither_torch_nor_ray(photos: Path, tiny_model: Path,
         ["eagleray", "score", str(photos), "--model", str(tiny_model), "--out", str(tmp_path / "r")],
     ]
     code = (
-        "import sys; from eagleray.cli.main import main
-"
-        f"for sys.argv in {verbs!r}:
-"
-        "    try: main()
-"
-        "    except SystemExit as end: assert not end.code, end.code
-"
-        "loaded = {'torch', 'ray'} & set(sys.modules); assert not loaded, loaded
-"
+        "import sys; from eagleray.cli.main import main\n"
+        f"for sys.argv in {verbs!r}:\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "loaded = {'torch', 'ray'} & set(sys.modules); assert not loaded, loaded\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "EAGLERAY_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

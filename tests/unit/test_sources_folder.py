@@ -206,7 +206,7 @@ def test_a_file_that_vanishes_or_grows_after_the_listing(tmp_path: Path) -> None
     assert second == b"longer than before"
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=st.lists(st.tuples(st.lists(NAME, max_size=3), NAME), max_size=12))
 def test_any_tree_is_listed_whole(tree: list[tuple[list[bytes], bytes]], tmp_path: Path) -> None:
     import shutil

@@ -76,6 +76,7 @@ def test_a_compressed_shard_is_read_as_a_stream(tmp_path: Path) -> None:
     assert read(tmp_path / "a.tar.gz") == [b"1", b"2"]
 
 
+@pytest.mark.full  # the library imports torch
 def test_shards_as_the_webdataset_library_writes_them(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:

@@ -176,7 +176,7 @@ def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         listed(path, max_members=4)
     with pytest.raises(DataError, match="unpacked"):
         listed(path, max_unpacked_gib=4 / 1024)
-    monkeypatch.setattr("eagleray.vision.sources.tar_archive.RATIO_FROM_BYTES", 1 << 20)
+    monkeypatch.setattr("eagleray.vision.sources.options.RATIO_FROM_BYTES", 1 << 20)
     with pytest.raises(DataError, match="times its packed size"):
         listed(path, max_ratio=100)
     assert listed(path, max_ratio=2000).num_rows == 5

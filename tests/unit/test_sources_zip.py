@@ -194,14 +194,17 @@ def test_a_member_that_says_it_is_too_large_is_not_read(tmp_path: Path) -> None:
     assert read(path, Limits(max_bytes=2000)) == [b"1" * 2000]
 
 
-def test_caps_on_members_and_unpacked_size(tmp_path: Path) -> None:
+def test_caps_on_members_and_unpacked_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.zip", [(f"x/{n}.jpg", bytes(1 << 20)) for n in range(5)])
     with pytest.raises(DataError, match="members") as caught:
         listed(path, max_members=4)
     assert "max_members" in caught.value.fix
     with pytest.raises(DataError, match="unpacked"):
         listed(path, max_unpacked_gib=4 / 1024)
-    assert listed(path, max_members=5, max_unpacked_gib=5 / 1024).num_rows == 5
+    monkeypatch.setattr("eagleray.vision.sources.options.RATIO_FROM_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="times its packed size"):
+        listed(path, max_ratio=100)
+    assert listed(path, max_members=5, max_unpacked_gib=5 / 1024, max_ratio=2000).num_rows == 5
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and nothing else"])

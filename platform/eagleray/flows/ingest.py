@@ -161,7 +161,12 @@ def run(config: IngestConfig, *, is_quiet: bool = False, is_live: bool | None = 
         key = digest_json([CORPUS_SCHEMA, config.settings, listed.digest])
         ledger = Ledger(root, key).open()
         _work(config, root, ledger, listed, is_quiet=is_quiet, is_live=is_live)
-        return _finish(config, ledger, listed, tally)
+        corpus = _finish(config, ledger, listed, tally)
+    if not corpus.images:
+        note(
+            f"none of the {corpus.uris_in:,} items is an image; archives in a folder are not opened: give them as sources"
+        )
+    return corpus
 
 
 def _refuse_foreign(root: Path, config: IngestConfig) -> None:
@@ -323,6 +328,8 @@ def _clean(corpus: ShardManifest) -> None:
     for name in (HOME, LEDGER):
         shutil.rmtree(corpus.path / name, ignore_errors=True)
     collect_garbage(corpus.path, SHARDS, {"parts": corpus.shards})
+    for path in corpus.path.glob(f"{storage.ASIDE}*"):  # half a file of a command that was killed
+        path.unlink(missing_ok=True)
 
 
 def _say(text: str) -> None:

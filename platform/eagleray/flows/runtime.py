@@ -115,6 +115,8 @@ def _make_token_private() -> None:
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    from ray.exceptions import RayError
+
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
@@ -129,7 +131,7 @@ def _connect(ray: Any, address: str | None) -> None:
                 )
             else:
                 ray.init(address=address, runtime_env={"env_vars": worker_environment()}, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError, RayError) as error:
         first = str(error).strip().splitlines()
         raise ClusterError(
             f"no Ray cluster at {address or 'this machine'}: {first[0] if first else type(error).__name__}",

@@ -159,8 +159,9 @@ def run(config: ScoreConfig, *, is_quiet: bool = False, is_live: bool | None = N
             return score_outputs.summary(previous or {}, done_now=0)
         started = datetime.now(UTC)
         score_outputs.write_running(plan, started)
-        shown = {"already": _rows(plan, done), "is_live": is_live, "is_quiet": is_quiet}
-        with Progress(total=frozen.images_in, what="score", **shown) as progress:
+        already = _rows(plan, done)
+        show = Progress(total=frozen.images_in, what="score", already=already, is_live=is_live, is_quiet=is_quiet)
+        with show as progress:
             where, answers = _work(plan, units, progress)
         return score_outputs.finish(plan, ledger, where, answers, progress.history, started)
 

@@ -204,11 +204,15 @@ def top_k(probabilities: Float32, k: int) -> tuple[np.ndarray, Float32]:
     Returns:
         Indices (N, k) and values (N, k).
     """
-    num_classes = probabilities.shape[1]
-    if k < num_classes:
-        found = np.sort(np.argpartition(-probabilities, k - 1, axis=1)[:, :k], axis=1)
-    else:
-        found = np.broadcast_to(np.arange(num_classes), probabilities.shape)
+    if k == probabilities.shape[1]:
+        order = np.argsort(-probabilities, axis=1, kind="stable")
+        return order, np.take_along_axis(probabilities, order, axis=1)
+    found = np.sort(np.argpartition(-probabilities, k - 1, axis=1)[:, :k], axis=1)
     values = np.take_along_axis(probabilities, found, axis=1)
+    # A partition takes any of several equals at its border: those rows, and only those, are sorted whole
+    is_tied = (probabilities >= values.min(axis=1, keepdims=True)).sum(axis=1) > k
+    if is_tied.any():
+        found[is_tied] = np.argsort(-probabilities[is_tied], axis=1, kind="stable")[:, :k]
+        values = np.take_along_axis(probabilities, found, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(found, order, axis=1), np.take_along_axis(values, order, axis=1)

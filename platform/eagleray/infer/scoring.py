@@ -36,7 +36,7 @@ from eagleray.core.errors import ArtifactError
 from eagleray.infer import score_rows
 from eagleray.infer.classifier import Classifier
 from eagleray.vision.bundle import load_bundle
-from eagleray.vision.images import ImageRefused, ImageSpec, Limits, decode
+from eagleray.vision.images import ImageRefused, ImageSpec, Limits, Reason, decode
 from eagleray.vision.sandbox import SandboxedDecoder
 
 
@@ -215,9 +215,7 @@ class _Decoder:
             return score_rows.Decoded(None, None, item.data)
         name = hashlib.sha256(item.data).hexdigest()
         if item.id is not None and item.id != name:
-            changed = ImageRefused(
-                score_rows.Reason.CORRUPT, f"the bytes have changed since ingest: sha256 {name[:12]}"
-            )
+            changed = ImageRefused(Reason.CORRUPT, f"the bytes have changed since ingest: sha256 {name[:12]}")
             return score_rows.Decoded(item.id, None, changed)
         with self._lock:
             first = self._first.setdefault(name, item.position)

@@ -184,9 +184,8 @@ def _import_onnx(config: ImportConfig) -> ModelBundle:
 
     required = ("labels", "mean", "std")
     faults = [f"--{name}: an ONNX file does not say it" for name in required if getattr(config, name) is None]
-    faults += [
-        f"--{name}: not for an ONNX file" for name in ("weights", "num_classes") if getattr(config, name) is not None
-    ]
+    for_timm = [name for name in ("weights", "num_classes") if getattr(config, name) is not None]
+    faults += [f"--{name.replace('_', '-')}: not for an ONNX file" for name in for_timm]
     path = Path(config.model)
     if not path.is_file():
         faults.append(f"no file at {path}")

@@ -9,6 +9,8 @@ Example:
 from __future__ import annotations
 
 import io
+import pickle
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 WRAPPED = ("state_dict", "model", "model_state_dict")  # keys under which trainers put a state dict
+# What torch's weights-only unpickler raises on damaged files, found by fuzzing: it checks little before it indexes
+DAMAGED: tuple[type[Exception], ...] = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError),
+    *(AssertionError, OverflowError, ImportError, MemoryError, struct.error),
+)
 PREFIXES = ("module.", "_orig_mod.", "model.")  # put before every key by DataParallel, torch.compile, Lightning
 
 
@@ -31,8 +38,6 @@ def read_state_dict(data: bytes, name: str) -> dict[str, Any]:
     Raises:
         ArtifactError: It is not a state dict, or would run code.
     """
-    import pickle
-
     import torch
 
     expected = "a state dict: .safetensors, or .pth that holds tensors only"
@@ -47,7 +52,7 @@ def read_state_dict(data: bytes, name: str) -> dict[str, Any]:
                 raise ArtifactError(f"{name} is not safetensors: {error}", expected=expected) from None
         else:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except DAMAGED as error:
         reason = (str(error).strip().splitlines() or ["not a .pth file"])[0]
         raise ArtifactError(
             f"{name} is refused: {reason[:200]}",

@@ -26,7 +26,7 @@ from eagleray.core.errors import DataError
 from eagleray.vision.sources.rows import as_text
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-METADATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PATH_COLUMNS = ("file_name", "path", "uri", "url", "filename", "file", "image")
 LABEL_COLUMNS = ("label", "labels")
 RESERVED = frozenset({"id", "uri", "image", "width", "height", "format", "labels"})  # a corpus's own columns
@@ -71,12 +71,7 @@ def is_item(parts: Sequence[str]) -> bool:
 
 def is_metadata(parts: Sequence[str]) -> bool:
     """Whether a name is a metadata file that is read."""
-    return (
-        bool(parts)
-        and parts[-1].startswith("metadata.")
-        and parts[-1].endswith(METADATA_SUFFIXES)
-        and not any(part.startswith(".") and part not in (".", "..") for part in parts)
-    )
+    return bool(parts) and parts[-1] in METADATA_NAMES and is_item((*parts[:-1], "x"))
 
 
 def parts_of(name: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from eagleray.vision.sources.compression import compression_of_bytes
 
 LISTING_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
+CORPUS_FILES = ("manifest.json", "listing.parquet", "quarantine.parquet", "shards")
 HEAD_BYTES = 512
 KINDS = "a folder, zip, tar (plain, .gz, .bz2, .xz, .zst), WebDataset shards, Parquet, or a CSV or JSONL listing"
 
@@ -25,6 +26,7 @@ def kind_of(source: str) -> str:
         StorageError: The store does not answer.
     """
     if _is_folder(source):
+        _refuse_corpus(source)
         return "folder"
     places = locations.expand(source)
     container = locations.container_of(places[0])
@@ -54,6 +56,17 @@ def _is_folder(source: str) -> bool:
         return bool(fs.isdir(path))
     except Exception as error:
         raise locations.store_error(error, source) from error
+
+
+def _refuse_corpus(source: str) -> None:
+    """Its shards would be taken for files that are no images."""
+    home = locations.local_path(source)
+    if not locations.is_remote(source) and all(os.path.exists(os.path.join(home, name)) for name in CORPUS_FILES):
+        raise DataError(
+            f"{source} is a corpus already",
+            expected="sources that are no corpus",
+            fix=f"score it as it is; to ingest its images again give '{source}/shards/*.parquet'",
+        )
 
 
 def _mode(container: str) -> int:

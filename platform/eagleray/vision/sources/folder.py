@@ -23,12 +23,12 @@ from eagleray.core import storage
 from eagleray.core.errors import DataError, EagleError
 from eagleray.vision.sources import locations
 from eagleray.vision.sources.annotation import (
+    METADATA_NAMES,
     SPLITS,
     MetadataTable,
     Note,
     Tally,
     is_item,
-    is_metadata,
     merge,
     note_of_folders,
     read_metadata,
@@ -69,7 +69,7 @@ class LocalTree:
 
     kind = "file"
 
-    def list(self, path: str) -> Iterator[Found]:
+    def entries(self, path: str) -> Iterator[Found]:
         """The entries of one folder, streamed."""
         try:
             with os.scandir(path) as entries:
@@ -79,7 +79,7 @@ class LocalTree:
             return  # it vanished since its parent was listed
         except OSError as error:
             raise DataError(
-                f"{locations.shown(path)} cannot be listed: {error.strerror}",
+                f"{self.shown(path)} cannot be listed: {error.strerror}",
                 expected="folders that you may read, so that no image is lost",
                 fix="change its permissions, or move it out of the source",
             ) from error
@@ -95,6 +95,10 @@ class LocalTree:
             return Found(entry.name, "file")  # it counts; reading it says why it cannot be read
         return Found(entry.name, "file", stat.st_size, stat.st_mtime_ns)
 
+    def enter(self, path: str) -> tuple[list[str], Iterator[Found]]:
+        """The names of the metadata files of a folder, and its entries."""
+        return [name for name in METADATA_NAMES if os.path.isfile(self.join(path, name))], self.entries(path)
+
     def join(self, folder: str, name: str) -> str:
         return os.path.join(folder, name)
 
@@ -109,32 +113,34 @@ class LocalTree:
 
 
 class RemoteTree:
-    """A tree of an fsspec store; one listing request a folder."""
+    """A tree of an fsspec store; one listing a folder, of which nothing is kept."""
 
     kind = "remote"
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
 
-    def list(self, path: str) -> Iterator[Found]:
+    def entries(self, path: str) -> Iterator[Found]:
         """The entries of one prefix."""
         try:
-            entries = (
-                self._fs.ls(path, detail=True, refresh=True) if hasattr(self._fs, "dircache") else self._fs.ls(path)
-            )
+            entries = self._fs.ls(path, detail=True, refresh=True)
+            self._fs.invalidate_cache(path)  # else the client keeps every listing of the walk
         except FileNotFoundError:
             return
-        except TypeError:
-            entries = self._fs.ls(path, detail=True)
         except Exception as error:
             raise locations.store_error(error, text_of(path)) from error
         for entry in entries:
-            name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-            if entry["type"] == "directory":
-                if entry["name"].rstrip("/") != path.rstrip("/"):
-                    yield Found(name, "folder")
-            elif not entry["name"].endswith("/") and entry["name"].rstrip("/") != path.rstrip("/"):
-                yield Found(name, "file", int(entry.get("size") or 0), locations.mtime_of(entry))
+            name, is_itself = entry["name"].rstrip("/"), entry["name"].rstrip("/") == path.rstrip("/")
+            if entry["type"] == "directory" and not is_itself:
+                yield Found(name.rsplit("/", 1)[-1], "folder")
+            elif entry["type"] != "directory" and not is_itself and not entry["name"].endswith("/"):
+                size = int(entry.get("size") or 0)
+                yield Found(name.rsplit("/", 1)[-1], "file", size, locations.mtime_of(entry))
+
+    def enter(self, path: str) -> tuple[list[str], Iterator[Found]]:
+        """The names of the metadata files of a folder, and its entries."""
+        entries = list(self.entries(path))
+        return [entry.name for entry in entries if entry.name in METADATA_NAMES], iter(entries)
 
     def join(self, folder: str, name: str) -> str:
         return f"{folder.rstrip('/')}/{name}"
@@ -227,12 +233,12 @@ class _Walk:
         folders = self._sole_folder(self._root)
         if not folders or folders.lower() in SPLITS:
             return ""
-        inner = self._tree.list(self._tree.join(self._root, folders))
+        inner = self._tree.entries(self._tree.join(self._root, folders))
         return folders if any(e.kind == "folder" and not e.name.startswith(".") for e in inner) else ""
 
     def _sole_folder(self, path: str) -> str:
         sole = ""
-        for entry in self._tree.list(path):
+        for entry in self._tree.entries(path):
             if entry.kind == "special" or (not is_item((entry.name,)) and entry.kind == "file"):
                 continue
             if entry.kind == "file" or (sole and not entry.name.startswith(".")):
@@ -276,8 +282,9 @@ class _Walk:
         return None
 
     def _list(self, folder: Folder, rows: Rows) -> Iterator[pa.RecordBatch]:
-        tables = folder.tables + tuple((len(folder.parts), table) for table in self._read_tables(folder))
-        for entry in self._tree.list(folder.path):
+        names, entries = self._tree.enter(folder.path)
+        tables = folder.tables + tuple((len(folder.parts), table) for table in self._read_tables(folder, names))
+        for entry in entries:
             parts = (*folder.parts, entry.name)
             path = self._tree.join(folder.path, entry.name)
             if entry.kind == "folder":
@@ -293,8 +300,7 @@ class _Walk:
                 if batch is not None:
                     yield batch
 
-    def _read_tables(self, folder: Folder) -> list[MetadataTable]:
-        names = [e.name for e in self._tree.list(folder.path) if e.kind == "file" and is_metadata((e.name,))]
+    def _read_tables(self, folder: Folder, names: list[str]) -> list[MetadataTable]:
         tables = []
         for name in sorted(names):
             path = self._tree.join(folder.path, name)

@@ -26,7 +26,7 @@ class ListOptions:
         image_column: Column of a Parquet source or listing that holds images or paths; empty: found by type and name.
         max_members: Items of one archive at most.
         max_unpacked_gib: Unpacked size of one archive at most.
-        max_ratio: Unpacked to packed size of a compressed tar at most, once it has unpacked 1 GiB (deflate reaches
+        max_ratio: Unpacked to packed size of a zip or compressed tar at most, once it has unpacked 1 GiB (deflate reaches
             1,032 on zeros; photos have about 1, uncompressed masks up to about 100).
         threads: That list folders at the same time.
         schemes: URI schemes that a listing's rows may name. No http: a listing from elsewhere must not make us call
@@ -54,6 +54,30 @@ class Source:
 
     scan: Callable[[str, ListOptions, Tally], Iterator[pa.RecordBatch]]
     is_random_access: Callable[[str], bool]
+
+
+RATIO_FROM_BYTES = 1 << 30  # a small archive of blank images may well have a high ratio
+
+
+def check_caps(place: str, options: ListOptions, *, count: int, unpacked: int, packed: int) -> None:
+    """Holds an archive to its caps while it is listed.
+
+    Args:
+        place: Its uri.
+        options: The caps.
+        count: Members so far.
+        unpacked: Their unpacked bytes.
+        packed: Bytes of the archive.
+
+    Raises:
+        DataError: It is over one of them.
+    """
+    if count > options.max_members:
+        raise too_many(place, "members", options.max_members, "max_members")
+    if unpacked > options.max_unpacked_gib * 2**30:
+        raise too_many(place, "GiB unpacked", options.max_unpacked_gib, "max_unpacked_gib")
+    if unpacked > max(RATIO_FROM_BYTES, options.max_ratio * packed):
+        raise too_many(place, "times its packed size unpacked", options.max_ratio, "max_ratio")
 
 
 def too_many(place: str, what: str, limit: float, option: str) -> DataError:

@@ -36,10 +36,9 @@ from eagleray.vision.sources.annotation import (
     read_metadata,
 )
 from eagleray.vision.sources.compression import compression_of, open_unpacked
-from eagleray.vision.sources.options import ListOptions, Source, too_many
+from eagleray.vision.sources.options import ListOptions, Source, check_caps, too_many
 from eagleray.vision.sources.rows import LISTING_SCHEMA, Item, Repeats, batches, text_of
 
-RATIO_FROM_BYTES = 1 << 30  # a small archive of blank images may well have a high ratio
 MAX_HEADER_BYTES = 1 << 20  # an extended header (long name, pax records); tarfile would read any size into memory
 EXTENDED = (
     tarfile.XHDTYPE,
@@ -174,12 +173,7 @@ def members(container: str, options: ListOptions) -> Iterator[tuple[tarfile.TarF
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]
                 count, unpacked = count + 1, unpacked + member.size
-                if count > options.max_members:
-                    raise too_many(shown, "members", options.max_members, "max_members")
-                if unpacked > options.max_unpacked_gib * 2**30:
-                    raise too_many(shown, "GiB unpacked", options.max_unpacked_gib, "max_unpacked_gib")
-                if unpacked > max(RATIO_FROM_BYTES, options.max_ratio * packed):
-                    raise too_many(shown, "times its packed size unpacked", options.max_ratio, "max_ratio")
+                check_caps(shown, options, count=count, unpacked=unpacked, packed=packed)
                 yield tar, member
     except (tarfile.TarError, EOFError, ValueError, lzma.LZMAError, zlib.error, _Damaged, OSError) as error:
         if isinstance(error, OSError) and error.errno:

@@ -35,7 +35,7 @@ from eagleray.vision.sources.annotation import (
     parts_of,
     read_metadata,
 )
-from eagleray.vision.sources.options import ListOptions, Source, too_many
+from eagleray.vision.sources.options import ListOptions, Source, check_caps
 from eagleray.vision.sources.rows import Item, Repeats, batches, text_of
 
 END, END64, LOCATOR64, ENTRY = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x01\x02"
@@ -131,6 +131,7 @@ class _Overview:
 
         self.repeats = Repeats()
         wrapper, found, unpacked, count = Wrapper(), [], 0, 0
+        packed = file.seek(0, io.SEEK_END)
         for member in members(file, shown):
             parts = parts_of(member.name)
             if member.is_folder or not member.is_regular:
@@ -141,10 +142,7 @@ class _Overview:
                 wrapper.see(parts)
                 self.repeats.see(member.name)
                 count, unpacked = count + 1, unpacked + member.size
-                if count > options.max_members:
-                    raise too_many(shown, "members", options.max_members, "max_members")
-                if unpacked > options.max_unpacked_gib * 2**30:
-                    raise too_many(shown, "GiB unpacked", options.max_unpacked_gib, "max_unpacked_gib")
+                check_caps(shown, options, count=count, unpacked=unpacked, packed=packed)
         self.wrapper = wrapper.name
         self.tables: list[tuple[tuple[str, ...], MetadataTable]] = []
         for parts, member in sorted(found, key=lambda pair: (len(pair[0]), pair[0])):
