@@ -21,7 +21,7 @@ def free_port() -> int:
 def main() -> None:
     port = free_port()
     head = {
-        "num_cpus": 1,
+        "num_cpus": 0,
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
         "dashboard_port": port,

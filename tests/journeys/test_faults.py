@@ -119,9 +119,8 @@ def test_a_zombie_that_writes_late_adds_nothing(
     """A child of a small run stops between writing and committing, its driver dies, another commits, it wakes up."""
     marker, out = tmp_path / "zombie", tmp_path / "zombied"
     ray.go_wrong(stop_before_commit=str(marker))
-    line = words(archive, tiny_model, out, ray, "--set", "in_process_below=100000")
-    line = [word for word in line if word not in ("--address", ray.address, "in_process_below=0")]
-    line.remove("--set")
+    line = ["score", str(archive), "--model", str(tiny_model), "--out", str(out), "--runtime", "onnx"]
+    line += ["--set", "has_report=false", "--set", "in_process_below=100000"]
     driver = start(ray.env, *line, log=tmp_path / "log")
     zombie = wait_for(stopped)
     _, unit, part = marker.read_text().split()

@@ -163,9 +163,7 @@ def run(config: IngestConfig, *, is_quiet: bool = False, is_live: bool | None = 
         _work(config, root, ledger, listed, is_quiet=is_quiet, is_live=is_live)
         corpus = _finish(config, ledger, listed, tally)
     if not corpus.images:
-        note(
-            f"none of the {corpus.uris_in:,} items is an image; archives in a folder are not opened: give them as sources"
-        )
+        note(f"none of the {corpus.uris_in:,} items is an image; archives inside a folder are not opened: name them")
     return corpus
 
 

@@ -26,8 +26,8 @@ class ListOptions:
         image_column: Column of a Parquet source or listing that holds images or paths; empty: found by type and name.
         max_members: Items of one archive at most.
         max_unpacked_gib: Unpacked size of one archive at most.
-        max_ratio: Unpacked to packed size of a zip or compressed tar at most, once it has unpacked 1 GiB (deflate reaches
-            1,032 on zeros; photos have about 1, uncompressed masks up to about 100).
+        max_ratio: Unpacked to packed size of a zip or compressed tar at most, once it has unpacked 1 GiB (deflate
+            reaches 1,032 on zeros; photos have about 1, uncompressed masks up to about 100).
         threads: That list folders at the same time.
         schemes: URI schemes that a listing's rows may name. No http: a listing from elsewhere must not make us call
             hosts.
