@@ -48,6 +48,7 @@ GOALS = {  # issue 2, Speed and memory: the least median ratio, by peer and cont
     ("daft", "large light"): 1.5,
 }
 HUNDRED_GOAL_S = 3.0
+RESUME_ROUNDS = 3  # a count of images, not a time
 SWEEP_IMAGES = {"small": 400, "large": 40}
 
 
@@ -59,6 +60,7 @@ class Contest:
     archive: Path
     model: Model
     sweep_images: int
+    peers: tuple[str, ...]
     rounds: list[dict[str, Outcome]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -118,14 +120,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {"machine": machine, "contests": {}}
     if set(args.only) & set(PEERS):
         contests = [compete(each, args, work) for each in plan(args, models)]
-        print(comparison_table(contests, args.only), flush=True)
+        print(comparison_table(contests), flush=True)
         found["contests"] = {each.name: contest_json(each) for each in contests}
     if "hundred" in args.only:
         found["hundred"] = hundred(args, models, work)
         print(hundred_table(found["hundred"]), flush=True)
     if "resume" in args.only:
         archive = archive_maker.make(args.cache, "small", args.images)
-        found["resume"] = resume_after_kill(next(iter(models.values())), archive, work, args.rounds)
+        rounds = min(args.rounds, RESUME_ROUNDS)
+        found["resume"] = resume_after_kill(next(iter(models.values())), archive, work, rounds)
         print(resume_table(found["resume"]), flush=True)
     found["minutes"] = round((time.time() - began) / 60, 1)
     target = args.json or args.cache / "bench_score.json"
@@ -160,14 +163,19 @@ def _lines(path: str) -> list[str]:
 
 def plan(args: argparse.Namespace, models: dict[str, Model]) -> list[Contest]:
     """The contests: every model over the small images, the first model over the large ones."""
-    contests = []
+    contests: list[Contest] = []
+    peers = tuple(name for name in PEERS if name in args.only and name != "auto")
     if "small" in args.archives:
         archive = archive_maker.make(args.cache, "small", args.images)
-        contests += [Contest(f"small {name}", archive, model, SWEEP_IMAGES["small"]) for name, model in models.items()]
+        contests += [
+            Contest(f"small {name}", archive, model, SWEEP_IMAGES["small"], peers) for name, model in models.items()
+        ]
+        if "auto" in args.only:  # the choice of an engine tells where the engine is what costs
+            contests[-1].peers += ("auto",)
     if "large" in args.archives:
         name, model = next(iter(models.items()))
         archive = archive_maker.make(args.cache, "large", min(args.images, 300))
-        contests.append(Contest(f"large {name}", archive, model, SWEEP_IMAGES["large"]))
+        contests.append(Contest(f"large {name}", archive, model, SWEEP_IMAGES["large"], peers))
     return contests
 
 
@@ -176,7 +184,7 @@ def compete(contest: Contest, args: argparse.Namespace, work: Path) -> Contest:
     print(f"\n# {contest.name}: {contest.archive}", flush=True)
     for path in contest.archive.rglob("*.jpg"):  # into the page cache, for all alike
         path.read_bytes()
-    everyone = contestants(work, args.cache, args.only)
+    everyone = contestants(work, args.cache, contest.peers)
     for key, each in everyone.items():
         if not args.no_sweep:
             each.tune(contest.model, contest.archive, contest.sweep_images)
@@ -194,7 +202,7 @@ def compete(contest: Contest, args: argparse.Namespace, work: Path) -> Contest:
     return contest
 
 
-def comparison_table(contests: Sequence[Contest], only: Sequence[str]) -> str:
+def comparison_table(contests: Sequence[Contest]) -> str:
     """The paired table in Markdown."""
     lines = [
         "",
@@ -203,14 +211,14 @@ def comparison_table(contests: Sequence[Contest], only: Sequence[str]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for contest in contests:
-        for peer in (name for name in PEERS if name in only):
+        for peer in contest.peers:
             steady = contest.ratios(peer, "seconds_steady")
             goal = GOALS.get((peer, contest.name))
             met = "" if goal is None else f">= {goal:g} {'met' if statistics.median(steady) >= goal else 'NOT MET'}"
             peaks = [statistics.median(r[who].cost.peak_rss_mib for r in contest.rounds) for who in ("ours", peer)]
             cells = [
                 f"{len(contest.rounds[0]['ours'].top1):,} {contest.name}",
-                peer,
+                f"{peer} ({engine})" if (engine := contest.rounds[0][peer].engine) != "onnx" else peer,
                 f"{contest.rate('ours'):.1f}",
                 f"{contest.rate(peer):.1f}",
                 spread(steady),

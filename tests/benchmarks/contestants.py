@@ -52,13 +52,14 @@ class Outcome:
 
     images: int
     seconds_steady: float
+    engine: str
     cost: Cost
     top1: Mapping[str, int] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The figures, and the digest of the answers instead of the answers."""
-        figures = {"images": self.images, "seconds_steady": self.seconds_steady, **vars(self.cost)}
-        return {**figures, "top1": digest(dict(self.top1))}
+        figures = {"images": self.images, "engine": self.engine, "seconds_steady": self.seconds_steady}
+        return {**figures, **vars(self.cost), "top1": digest(dict(self.top1))}
 
 
 @contextmanager
@@ -145,6 +146,7 @@ class Ours:
         return Outcome(
             images=told["images_in"],
             seconds_steady=told["seconds_steady"],
+            engine=told["runtime"]["name"],
             cost=cost,
             top1=scored_top1(out, model.labels),
         )
@@ -199,6 +201,7 @@ class Peer:
         return Outcome(
             images=told["images"],
             seconds_steady=told["seconds_steady"],
+            engine="onnx",
             cost=cost,
             top1=read_top1(out),
         )

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class ScoreSettings:
         top_k: Labels a row.
         has_embeddings: Write the embedding column.
         threads: Engine threads.
-        decode_threads: Threads that decode.
+        decode_threads: Threads that decode while the engine runs; 0 = the worker's own, in turn with the engine.
         batch_size: Images an engine call takes.
         hang_timeout_s: A decode that makes no progress for so long ends the worker.
         memory_mib: Data memory this worker may add to what it starts with; 0 = no limit.
@@ -116,7 +116,9 @@ class ShardScorer:
             top_k=s.top_k,
             wants_embedding=s.has_embeddings,
         )
-        self._threads = ThreadPoolExecutor(s.decode_threads, thread_name_prefix="decode")
+        spec = bundle.image_spec  # the first call of an engine plans its memory: before the first unit, not in it
+        self._classifier.infer(np.zeros((min(8, s.batch_size), spec.height, spec.width, 3), np.uint8))
+        self._threads = ThreadPoolExecutor(s.decode_threads, "decode") if s.decode_threads else None
         self._duplicates = score_rows.Duplicates(s.duplicates)
         _limit_process(s.memory_mib if s.device == "cpu" else 0)
 
@@ -169,7 +171,7 @@ class ShardScorer:
         buffers = [np.empty((s.batch_size, spec.height, spec.width, 3), np.uint8) for _ in range(2)]
         guard = _HangGuard(s.hang_timeout_s)
         with sandbox as child:
-            decoder = _Decoder(spec, s.limits, guard, child)
+            decoder = _Decoder(s, spec, guard, child)
             ahead: _Batch | None = None
             for number, items in enumerate(_batched(rows.items(), s.batch_size)):
                 batch = decoder.start(items, buffers[number % 2], self._threads)
@@ -190,19 +192,28 @@ def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 class _Decoder:
     """Turns bytes into pixels of one batch, on threads or, with care, in a child process."""
 
-    def __init__(self, spec: ImageSpec, limits: Limits, guard: _HangGuard, child: SandboxedDecoder | None) -> None:
-        self._spec, self._limits, self._guard, self._child = spec, limits, guard, child
+    def __init__(
+        self, settings: ScoreSettings, spec: ImageSpec, guard: _HangGuard, child: SandboxedDecoder | None
+    ) -> None:
+        self._spec, self._limits, self._guard, self._child = spec, settings.limits, guard, child
+        self._num_tasks = settings.decode_threads if settings.decode_threads < 2 else 2 * settings.decode_threads
         self._first: dict[str, int] = {}  # image id -> position of its first occurrence in the unit
         self._lock = threading.Lock()
 
-    def start(self, items: list[score_rows.Item], buffer: np.ndarray, threads: ThreadPoolExecutor) -> _Batch:
+    def start(self, items: list[score_rows.Item], buffer: np.ndarray, threads: ThreadPoolExecutor | None) -> _Batch:
         """Begins to decode a batch."""
         self._guard.start(len(items))
-        if self._child is not None:  # one image at a time: the culprit must be known
-            done: list[Any] = [self._decode(item, buffer[slot]) for slot, item in enumerate(items)]
-        else:
-            done = [threads.submit(self._decode, item, buffer[slot]) for slot, item in enumerate(items)]
-        return _Batch(items, buffer, done)
+        if threads is None or self._child is not None:  # with care: one at a time, so that the culprit is known
+            return _Batch(items, buffer, [self._decode_run(items, buffer)])
+        run = max(
+            1, -(-len(items) // self._num_tasks)
+        )  # a task of several images: one hand-over of the interpreter for all
+        starts = range(0, len(items), run)
+        tasks = [threads.submit(self._decode_run, items[at : at + run], buffer[at : at + run]) for at in starts]
+        return _Batch(items, buffer, tasks)
+
+    def _decode_run(self, items: list[score_rows.Item], buffer: np.ndarray) -> list[score_rows.Decoded]:
+        return [self._decode(item, buffer[slot]) for slot, item in enumerate(items)]
 
     def _decode(self, item: score_rows.Item, out: np.ndarray) -> score_rows.Decoded:
         try:
@@ -237,11 +248,11 @@ class _Batch:
 
     items: list[score_rows.Item]
     buffer: np.ndarray
-    done: list[Future[score_rows.Decoded] | score_rows.Decoded] = field(default_factory=list)
+    runs: list[Future[list[score_rows.Decoded]] | list[score_rows.Decoded]]
 
     def finish(self, guard: _HangGuard) -> tuple[list[score_rows.Item], list[score_rows.Decoded], np.ndarray]:
         """Waits for the decoders; returns items, what became of each, and the pixels of those that have some."""
-        decoded = [d.result() if isinstance(d, Future) else d for d in self.done]
+        decoded = [d for run in self.runs for d in (run.result() if isinstance(run, Future) else run)]
         slots = [slot for slot, d in enumerate(decoded) if d.has_pixels]
         pixels = self.buffer[: len(slots)] if slots == list(range(len(slots))) else self.buffer[slots]
         return self.items, decoded, pixels
