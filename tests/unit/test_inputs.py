@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from eagleray.core.errors import ConfigError
 from eagleray.vision import inputs, sources
-from eagleray.vision.inputs import FrozenInput, freeze_listing, read_unit_listing, unit_images
+from eagleray.vision.inputs import FrozenInput, freeze_listing, read_unit_listing, unit_images, unit_sizes
 
 
 def make_folder(home: Path, count: int) -> Path:
@@ -32,7 +32,7 @@ def test_every_item_is_in_exactly_one_unit(tmp_path: Path) -> None:
     frozen = freeze(make_folder(tmp_path / "a", 300), tmp_path / "input")
     assert frozen.images_in == 300
     assert len(set(uris(frozen))) == 300 == len(uris(frozen)) == sum(unit["images"] for unit in frozen.units)
-    assert len(frozen.units) >= 15  # enough for several workers
+    assert len(frozen.units) >= 12  # enough for several workers
     assert len({unit["unit"] for unit in frozen.units}) == len(frozen.units)
 
 
@@ -108,8 +108,13 @@ def test_another_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_units_grow_with_the_archive() -> None:
-    assert unit_images(0, 5) == 16
-    assert unit_images(0, 100_000) == 128
+    assert unit_sizes(0, 5, is_last=True) == [5]
+    assert unit_images(0) == 128
+    small = unit_sizes(0, 5000, is_last=True)
+    assert sum(small) == 5000
+    assert small == sorted(small, reverse=True)  # they shrink towards the end
+    assert (small[0], small[-2]) == (128, 32)
+    assert sum(unit_sizes(0, 5000, is_last=False)) == 5000
     sizes, cut = [], 0
     while cut < 100_000_000:
         sizes.append(unit_images(cut))

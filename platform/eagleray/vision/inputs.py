@@ -14,6 +14,7 @@ Example:
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 WINDOW_ITEMS = 1 << 18  # listed items held at once; duplicates are brought together within a window
 UNIT_IMAGES, MAX_UNIT_IMAGES = 128, 4096  # small units end together and lose little to a crash; big archives grow them
-MIN_UNIT_IMAGES, FEWEST_UNITS = 16, 16
+SMALLEST_UNIT_IMAGES = (8, 32)  # of a small and of a large archive
+TAPER = 8  # the last units are an eighth of what is left
 UNITS_SCHEMA = pa.schema(
     [
         ("unit", pa.string()),
@@ -69,17 +71,37 @@ class FrozenInput:
     changes: dict[str, int]
 
 
-def unit_images(already: int, num_items: int | None = None) -> int:
-    """Images a unit holds.
+def unit_images(already: int) -> int:
+    """Images a unit holds at most.
 
     Args:
         already: Items cut into units so far; units grow with it, so that 100 million images make some 25,000 parts.
-        num_items: Items in all, when few and known: a small archive still makes enough units for several workers.
     """
-    size = min(MAX_UNIT_IMAGES, UNIT_IMAGES << min(8, already // WINDOW_ITEMS))
-    if num_items is not None and already == 0:
-        size = max(MIN_UNIT_IMAGES, min(size, -(-num_items // FEWEST_UNITS)))
-    return size
+    return min(MAX_UNIT_IMAGES, UNIT_IMAGES << min(8, already // WINDOW_ITEMS))
+
+
+def unit_sizes(already: int, num_items: int, *, is_last: bool) -> list[int]:
+    """How a window of items is cut.
+
+    Args:
+        already: Items cut before.
+        num_items: Items of the window.
+        is_last: Whether the archive ends here: its last units shrink, so that workers end together.
+
+    Returns:
+        The units' sizes, in order; their sum is ``num_items``. Source of the taper: guided self-scheduling,
+        Polychronopoulos and Kuck 1987.
+    """
+    low, high = SMALLEST_UNIT_IMAGES
+    smallest = min(high, max(low, num_items // high))
+    sizes, left = [], num_items
+    while left:
+        size = unit_images(already)
+        if is_last:
+            size = min(size, max(smallest, left // TAPER))
+        sizes.append(min(size, left))
+        left -= sizes[-1]
+    return sizes
 
 
 def freeze_corpus(corpus: ShardManifest, home: Path) -> FrozenInput:
@@ -181,8 +203,9 @@ class _Cutter:
 
     def _cut(self, *, is_last: bool) -> None:
         table = _equal_sizes_together(pa.concat_tables(self._held))
-        step = unit_images(self._already, table.num_rows if is_last else None)
-        pieces = [table.slice(at, step) for at in range(0, table.num_rows, step)]
+        sizes = unit_sizes(self._already, table.num_rows, is_last=is_last)
+        starts = [0, *itertools.accumulate(sizes)]
+        pieces = [table.slice(at, size) for at, size in zip(starts, sizes, strict=False)]
         self.units += self.write(pieces, [""] * len(pieces))
         self._already += table.num_rows
         self._held, self._num_held = [], 0
