@@ -21,7 +21,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -248,7 +248,7 @@ class _Batch:
 
     items: list[score_rows.Item]
     buffer: np.ndarray
-    runs: list[Future[list[score_rows.Decoded]] | list[score_rows.Decoded]]
+    runs: Sequence[Future[list[score_rows.Decoded]] | list[score_rows.Decoded]]
 
     def finish(self, guard: _HangGuard) -> tuple[list[score_rows.Item], list[score_rows.Decoded], np.ndarray]:
         """Waits for the decoders; returns items, what became of each, and the pixels of those that have some."""
