@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,12 +93,12 @@ class ModelBundle:
         """The folder's name."""
         return self.path.resolve().name
 
-    @property
+    @cached_property
     def label_ids(self) -> tuple[str, ...]:
         """The label ids in output order."""
         return tuple(label.id for label in self.labels)
 
-    @property
+    @cached_property  # a digest over every label: asked for with every part
     def model_digest(self) -> str:
         """SHA-256, in hex, of what decides the probabilities of given pixels: weights, labels, output."""
         weights = {name: self.files[name] for name in WEIGHT_FILES if name in self.files}
