@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from eagleray.core import commits, storage
-from eagleray.core.errors import ArtifactError, ConfigError, DataError, StorageError
+from eagleray.core.errors import ArtifactError, ClusterError, ConfigError, DataError, StorageError
 from eagleray.core.records import read_record
 from eagleray.flows.score import ScoreConfig, run
 
@@ -230,7 +230,14 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     (tmp_path / "faults.json").write_text('{"slow_ms": 60}')
     words = ["score", str(folder), "--model", str(tiny_model), "--out", str(out), "--runtime", "onnx", "--plain"]
     command = [sys.executable, "-m", "eagleray.cli.main", *words]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job has it ignored
+    )
     deadline = time.monotonic() + 60
     while len(list(out.glob("_ledger/*/parts/*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -277,3 +284,9 @@ def test_poison_in_a_small_archive_costs_itself_only(
     refused = {name: row["reason"] for name, row in rows(out).items() if row["status"] == "quarantined"}
     assert refused == {"20.jpg": "poison", "41.jpg": "poison"}
     assert commits.read_manifest(out)["scored"] == 58
+
+
+def test_an_address_where_nothing_listens_is_said_at_once(photos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"nothing answers at 127\.0\.0\.1:1") as caught:
+        run(config(photos, tiny_model, tmp_path / "run", address="127.0.0.1:1", in_process_below=0), is_quiet=True)
+    assert caught.value.exit_code == 10

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from eagleray.flows.pool import Pool, cores, error_json, rebuild_error, worker_e
 
 SPARE_CPUS = 2  # for Ray Data's own tasks; logical, they are hardly used
 OBJECT_STORE_BYTES = 200_000_000
-ACTOR_START_RETRIES = 3
+CONNECT_TIMEOUT_S = 10.0
 
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -117,6 +118,8 @@ def _make_token_private() -> None:
 def _connect(ray: Any, address: str | None) -> None:
     from ray.exceptions import RayError
 
+    if address is not None:
+        _refuse_silent(address)
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
@@ -137,6 +140,25 @@ def _connect(ray: Any, address: str | None) -> None:
             f"no Ray cluster at {address or 'this machine'}: {first[0] if first else type(error).__name__}",
             expected="a running cluster, and its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token",
             fix="check the address with `ray status`, the token with `ray get-auth-token`, or leave --address out",
+        ) from error
+
+
+def _refuse_silent(address: str) -> None:
+    """Asks whether anything listens: Ray itself would try for minutes.
+
+    Raises:
+        ClusterError: Nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local": Ray knows what they mean
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"nothing answers at {address}: {error.strerror or error}",
+            expected="the address of a running cluster's head, e.g. 10.0.0.5:6379",
+            fix="check the address with `ray status`, or leave --address out",
         ) from error
 
 
