@@ -236,7 +236,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a shell's background job has it ignored
     )
     deadline = time.monotonic() + 60
     while len(list(out.glob("_ledger/*/parts/*.json"))) < 2 and time.monotonic() < deadline:
@@ -253,7 +253,8 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert commits.open_scores(out).count_rows() == 240
-    assert sum(commits.Ledger(out, _key(out)).attempts().values()) <= 16 + 2 * 2
+    attempts = commits.Ledger(out, _key(out)).attempts()
+    assert sum(attempts.values()) - len(attempts) <= 2  # what each of two workers had under way
 
 
 def _key(out: Path) -> str:
