@@ -38,6 +38,7 @@ from eagleray.vision.images import Limits
 from eagleray.vision.inputs import FrozenInput, freeze_corpus, freeze_listing
 
 WORKER = "eagleray.infer.scoring:ShardScorer"
+CPU_DECODE_THREADS = 2  # of a worker that owns one core: they read ahead while the engine runs
 
 
 class ScoreConfig(Config):
@@ -54,7 +55,8 @@ class ScoreConfig(Config):
         workers: Workers; 0 = one per core or accelerator.
         num_cpus: Logical CPUs a worker holds on Ray.
         num_gpus: Accelerators a worker holds on Ray; above 0 the engine runs on CUDA.
-        threads: Engine threads a worker; decode_threads: decoding threads a worker, 0 = by device.
+        threads: Engine threads a worker.
+        decode_threads: Decoding threads a worker; none = by device, 0 = decode in turn with the engine.
         batch_size: Images an engine call takes.
         in_process_below: Fewer images than this are scored on this machine without Ray.
         hang_timeout_s: A decode without progress for so long ends its worker.
@@ -74,7 +76,7 @@ class ScoreConfig(Config):
     num_cpus: float = Field(1.0, gt=0)
     num_gpus: float = Field(0.0, ge=0)
     threads: int = Field(1, ge=1)
-    decode_threads: int = Field(0, ge=0)
+    decode_threads: int | None = Field(None, ge=0)
     batch_size: int = Field(32, ge=1, le=4096)
     in_process_below: int = Field(256, ge=0)
     hang_timeout_s: float = Field(20.0, gt=0)
@@ -294,7 +296,7 @@ def _settings(plan: Plan) -> ScoreSettings:
         top_k=config.top_k,
         has_embeddings=config.embeddings,
         threads=config.threads,
-        decode_threads=config.decode_threads or (cores() if config.num_gpus else 2),
+        decode_threads=_decode_threads(config),
         batch_size=config.batch_size,
         hang_timeout_s=config.hang_timeout_s,
         memory_mib=config.memory_mib,
@@ -303,6 +305,12 @@ def _settings(plan: Plan) -> ScoreSettings:
         max_side_px=config.max_side_px,
         max_bytes=config.max_file_mib * 2**20,
     )
+
+
+def _decode_threads(config: ScoreConfig) -> int:
+    if config.decode_threads is not None:
+        return config.decode_threads
+    return cores() if config.num_gpus else CPU_DECODE_THREADS
 
 
 def _say(text: str) -> None:
