@@ -64,7 +64,7 @@ def is_finished(plan: Plan, previous: Mapping[str, Any] | None) -> bool:
         and previous.get("ledger_key") == plan.key
         and previous.get("input_digest") == plan.frozen.digest
         and (plan.root / commits.MANIFEST).exists()
-        and not plan.config.has_report * (not (plan.root / "report.html").exists())
+        and (not plan.config.has_report or (plan.root / "report.html").exists())
     )
 
 

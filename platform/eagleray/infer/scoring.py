@@ -166,21 +166,21 @@ class ShardScorer:
         sandbox: AbstractContextManager[SandboxedDecoder | None]
         sandbox = nullcontext()
         if is_careful:
-            sandbox = SandboxedDecoder(timeout_s=s.hang_timeout_s, memory_mib=min(1024, s.memory_mib or 1024))
+            memory_mib = min(1024, s.memory_mib or 1024)
+            sandbox = SandboxedDecoder(timeout_s=s.hang_timeout_s, memory_mib=memory_mib, limits=s.limits)
         spec = classifier.bundle.image_spec
         buffers = [np.empty((s.batch_size, spec.height, spec.width, 3), np.uint8) for _ in range(2)]
-        guard = _HangGuard(s.hang_timeout_s)
-        with sandbox as child:
+        # with care the sandbox times each image itself: a second timer would race it and kill the worker again
+        with sandbox as child, _HangGuard(0.0 if is_careful else s.hang_timeout_s) as guard:
             decoder = _Decoder(s, spec, guard, child)
             ahead: _Batch | None = None
             for number, items in enumerate(_batched(rows.items(), s.batch_size)):
                 batch = decoder.start(items, buffers[number % 2], self._threads)
                 if ahead is not None:
-                    answers.add(*ahead.finish(guard))
+                    answers.add(*ahead.finish())
                 ahead = batch
             if ahead is not None:
-                answers.add(*ahead.finish(guard))
-        guard.stop()
+                answers.add(*ahead.finish())
         return answers
 
 
@@ -250,7 +250,7 @@ class _Batch:
     buffer: np.ndarray
     runs: Sequence[Future[list[score_rows.Decoded]] | list[score_rows.Decoded]]
 
-    def finish(self, guard: _HangGuard) -> tuple[list[score_rows.Item], list[score_rows.Decoded], np.ndarray]:
+    def finish(self) -> tuple[list[score_rows.Item], list[score_rows.Decoded], np.ndarray]:
         """Waits for the decoders; returns items, what became of each, and the pixels of those that have some."""
         decoded = [d for run in self.runs for d in (run.result() if isinstance(run, Future) else run)]
         slots = [slot for slot, d in enumerate(decoded) if d.has_pixels]
@@ -263,12 +263,22 @@ class _HangGuard:
 
     The timer is faulthandler's, a C thread: it fires even when a decoder hangs with the interpreter lock held. The exit
     is seen as a dead worker, the unit is given out again, and the third attempt finds the culprit.
+
+    Args:
+        timeout_s: Time without an image; 0 = no watch.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s, self._due, self._armed_at = timeout_s, 0, 0.0
         self._lock = threading.Lock()
         self._sink = open(os.devnull, "w", encoding="ascii")  # noqa: SIM115  lives as long as the timer may fire
+
+    def __enter__(self) -> _HangGuard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._sink.close()
 
     def start(self, num_images: int) -> None:
         """Says that so many more images are due."""
@@ -287,12 +297,8 @@ class _HangGuard:
 
     def _arm(self) -> None:
         self._armed_at = time.monotonic()
-        faulthandler.dump_traceback_later(self._timeout_s + 1.0, exit=True, file=self._sink)
-
-    def stop(self) -> None:
-        """Ends the watch."""
-        faulthandler.cancel_dump_traceback_later()
-        self._sink.close()
+        if self._timeout_s > 0:
+            faulthandler.dump_traceback_later(self._timeout_s + 1.0, exit=True, file=self._sink)
 
 
 def _limit_process(memory_mib: int) -> None:
