@@ -34,7 +34,7 @@ from contestants import Outcome, contestants, metered
 from model_maker import Model
 from resume import resume_after_kill
 
-PEERS = ("ray", "loop", "daft", "auto")
+PEERS = ("ray", "tuned", "loop", "daft", "auto")
 SINGLE = ("hundred", "resume")
 GOALS = {  # issue 2, Speed and memory: the least median ratio, by peer and contest
     ("ray", "small light"): 4.0,

@@ -172,18 +172,19 @@ class Peer:
     script: str
     python: Path
     settings: dict[str, Any] | None = None
+    flags: tuple[str, ...] = ()
 
     def _command(self, model: Model, archive: Path, out: Path) -> list[str]:
         mean, std = (",".join(str(value) for value in values) for values in (model.mean, model.std))
         command = [str(self.python), str(HERE / "peers" / self.script), "--folder", str(archive), "--out", str(out)]
-        return [*command, "--onnx", str(model.onnx), f"--mean={mean}", f"--std={std}"]
+        return [*command, "--onnx", str(model.onnx), f"--mean={mean}", f"--std={std}", *self.flags]
 
     def tune(self, model: Model, archive: Path, images: int) -> None:
         """Tries the peer's settings on the first `images` images, prints each rate, keeps the best."""
         out = self.work / "sweep"
         shutil.rmtree(out, ignore_errors=True)
         command = [*self._command(model, archive, out), "--sweep", str(images)]
-        text, _ = metered(command, self.work / f"{self.script}-sweep.log")
+        text, _ = metered(command, self.work / f"{self.script}{''.join(self.flags)}-sweep.log")
         tried = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         for row in tried:
             print(f"#   {self.name:<20} {row['images_per_s']:8.1f} img/s  {json.dumps(row['settings'])}", flush=True)
@@ -226,6 +227,9 @@ def contestants(work: Path, cache_folder: Path, names: Sequence[str]) -> dict[st
     found: dict[str, Ours | Peer] = {"ours": Ours(work)}
     if "ray" in names:
         found["ray"] = Peer(work, "Ray Data, canonical", "ray_data_canonical.py", Path(sys.executable))
+    if "tuned" in names:
+        python = Path(sys.executable)
+        found["tuned"] = Peer(work, "Ray Data, hand-tuned", "ray_data_canonical.py", python, flags=("--tuned",))
     if "loop" in names:
         found["loop"] = Peer(work, "two-process loop", "two_process_loop.py", peers_python(cache_folder))
     if "daft" in names:

@@ -173,6 +173,7 @@ def main(run: Callable[..., float], candidates: Sequence[dict[str, Any]]) -> Non
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--settings", type=json.loads, default=candidates[0])
     parser.add_argument("--sweep", type=int, default=0, help="try every candidate on this many images")
+    parser.add_argument("--tuned", action="store_true", help="the peer's hand-tuned form, where it has one")
     parser.add_argument("--no-meter", action="store_true", help="someone else measures: do not spend time on it twice")
     args = parser.parse_args()
     files = tuple(sorted(str(path) for path in args.folder.rglob("*.jpg")))
