@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from eagleray.core.tables import resolve
 from eagleray.learn.selfsup import METHODS
+from eagleray.learn.selfsup.collapse import CollapseDetector
 from eagleray.learn.selfsup.configs import BYOLConfig, DINOConfig, SimCLRConfig
+from eagleray.learn.selfsup.probes import KnnProbe, LinearProbe
 from eagleray.learn.task import Progress, StepOutput
 from eagleray.vision.backbones import Backbone, create_headless
 from torch import nn
@@ -75,6 +77,22 @@ def in_one_process(name: str, backbone: str, *, is_synced: bool) -> dict[str, to
     return step_of(method, Step(method), views_for(name))
 
 
+def measured(rows: slice) -> dict[str, torch.Tensor]:
+    """What probes and detector make of these rows of four batches."""
+    knn, linear = KnnProbe(8, num_classes=3, k=5), LinearProbe(8, num_classes=3)
+    detector = CollapseDetector()
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        embedding = torch.randn(IMAGES, 8, generator=generator)
+        labels = torch.randint(-1, 3, (IMAGES,), generator=generator)
+        keys = torch.arange(IMAGES, dtype=torch.int64)
+        knn.observe(embedding[rows], labels[rows], keys[rows])
+        linear.observe(embedding[rows], labels[rows])
+        report = detector.measure(StepOutput(torch.zeros(()), embedding=embedding[rows]), step=step)
+    told = {"spread": torch.tensor(report.spread), "effective_rank": torch.tensor(report.effective_rank)}
+    return {**told, **knn.state_dict(), **linear.state_dict()}
+
+
 def worker(rank: int, folder: str) -> None:
     """Runs every case as one of the workers, and writes what it saw to ``folder``."""
     from torch.nn.parallel import DistributedDataParallel
@@ -89,5 +107,7 @@ def worker(rank: int, folder: str) -> None:
         method = make_method(name, backbone, is_synced=is_synced)
         mine = [view.chunk(WORKERS)[rank] for view in views_for(name)]
         seen[f"{name} {backbone} {is_synced}"] = step_of(method, DistributedDataParallel(Step(method)), mine)
+    share = IMAGES // WORKERS
+    seen["measured"] = measured(slice(rank * share, (rank + 1) * share))
     torch.save(seen, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

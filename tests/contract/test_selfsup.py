@@ -229,6 +229,25 @@ def test_without_shared_statistics_two_workers_are_not_one(by_workers: list[dict
     assert (told - alone).abs() > 1e-2
 
 
+def test_two_workers_measure_as_one(by_workers: list[dict[str, Any]]) -> None:
+    """Probes and detector see the union, so that all workers tell the same and stop together."""
+    alone = two_workers.measured(slice(None))
+    for worker in by_workers:
+        assert all(torch.equal(value, worker["measured"][key]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_stays_out_of_the_loss(name: str) -> None:
+    method, batch = make(name), Run(make(name)).batch(0)
+    full = method.training_step(batch, progress_at(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = method.training_step(batch, progress_at(0))
+    assert half.loss.dtype == torch.float32
+    assert half.embedding.dtype == torch.float32
+    # bfloat16 has 8 bits: each of some ten layers is off by 1 in 256, and nothing is summed in it
+    torch.testing.assert_close(half.loss, full.loss, rtol=0.02, atol=0.02)
+
+
 class TestDINO:
     def test_the_last_layer_does_not_move_in_the_first_epoch(self) -> None:
         run = Run(make("dino"))
