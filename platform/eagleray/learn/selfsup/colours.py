@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class Chunk:
         blends: Of brightness, contrast and saturation, in the order drawn; none where nothing is jittered.
         hue_at: Before which blend the hue is turned (after the last: 3); None where it is not.
         turn: float32 (n, 1, 1): how far, in sixths of the colour circle.
+        is_far: Whether turns of more than 2 may come, after which a hue has to be brought back to -3..3.
         gray: int64: which of these n rows lose their colour.
         blurs: By rows and radius.
         solarized: int64: which of these n rows are solarized.
@@ -85,6 +86,7 @@ class Chunk:
     blends: tuple[Blend, ...]
     hue_at: int | None
     turn: Tensor
+    is_far: bool
     gray: Tensor
     blurs: tuple[Blur, ...]
     solarized: Tensor
@@ -103,7 +105,7 @@ class Colours:
         taps: float32 (R, largest radius + 1).
         is_gray: bool (R,).
         is_solarized: bool (R,).
-        has_hue: Whether the spec turns hues at all.
+        most_turn: The most that the spec allows; 0 turns no hues at all.
     """
 
     rows: NDArray[np.int64]
@@ -114,7 +116,7 @@ class Colours:
     taps: NDArray[np.float32]
     is_gray: NDArray[np.bool_]
     is_solarized: NDArray[np.bool_]
-    has_hue: bool
+    most_turn: float
 
     @classmethod
     def draw(cls, spec: ViewSpec, draws: Floats) -> Colours:
@@ -143,7 +145,7 @@ class Colours:
             taps[rows].astype(np.float32),
             is_gray[rows],
             is_solarized[rows],
-            spec.jitter_strength * spec.hue > 0,
+            6 * spec.jitter_strength * spec.hue,
         )
 
     def chunks(self, most: int, device: torch.device) -> Iterator[Chunk]:
@@ -160,13 +162,14 @@ class Colours:
             for first in range(start, stop, most):
                 part = slice(first, min(stop, first + most))
                 hue_at = int(self.hue_at[first])
-                needs = is_needed[part].any(0).tolist() if hue_at != _NO_JITTER else []
+                needs: list[list[bool]] = is_needed[part].any(0).tolist() if hue_at != _NO_JITTER else []  # type: ignore[assignment]
                 yield Chunk(
                     self.rows[part].tolist(),
                     rows[part],
                     tuple(Blend(weights[step, :, part], *needed) for step, needed in enumerate(needs)),
-                    hue_at if needs and self.has_hue else None,
+                    hue_at if needs and self.most_turn > 0 else None,
                     turn[part],
+                    self.most_turn > 2,
                     on_device(np.flatnonzero(self.is_gray[part])),
                     tuple(
                         Blur(low, high, taps[: radius + 1, first + low : first + high])
@@ -227,4 +230,4 @@ def _between(low: Floats | float, high: Floats | float, draws: Floats) -> Floats
 def _runs(values: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """(start, stop) of each run of equal values."""
     borders = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    return ((start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start)
+    return ((start, stop) for start, stop in pairwise(borders) if stop > start)
