@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,18 @@ def test_rows_that_do_not_lie_together_are_read_and_written(kernel: str) -> None
     turned = np.empty((15, 18, 3), np.uint8)
     resize(pixels[::-1, ::2], turned.transpose(1, 0, 2), x, y, interpolation="bicubic")
     np.testing.assert_array_equal(turned.transpose(1, 0, 2), expected)
+
+
+@pytest.mark.parametrize("mirrored", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_mirrored_window_is_the_window_mirrored(kernel: str, mirrored: tuple[bool, bool], channels: int) -> None:
+    rng = np.random.default_rng(3)
+    for width, height in ((97, 61), (5, 300), (7, 9)):
+        pixels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        x, y = Window(40, 0, 40, 1.25, width - 0.5), Window(31, 2, 20, 0.0, float(height))
+        expected = resized(pixels, x, y, "bicubic")[:: -1 if mirrored[1] else 1, :: -1 if mirrored[0] else 1]
+        x, y = replace(x, is_mirrored=mirrored[0]), replace(y, is_mirrored=mirrored[1])
+        np.testing.assert_array_equal(resized(pixels, x, y, "bicubic"), expected)
 
 
 @needs_kernel

@@ -14,9 +14,10 @@
 
 enum { BITS = 22, BILINEAR = 0, BICUBIC = 1, LANCZOS = 2 };
 
-/* One axis: outputs first .. first + count of a resize of source[begin, end) of `have` pixels to `total`. */
+/* One axis: outputs first .. first + count of a resize of source[begin, end) of `have` pixels to `total`; mirrored, the
+ * last of them is written first. */
 typedef struct {
-    int32_t have, total, first, count;
+    int32_t have, total, first, count, is_mirrored;
     float begin, end; /* Pillow holds its box in 32-bit floats */
 } axis_t;
 
@@ -61,7 +62,8 @@ static int make_taps(const axis_t *axis, int32_t filter, taps_t *taps) {
         return -1;
     }
     for (int32_t out = 0; out < axis->count; out++) {
-        const double center = axis->begin + (out + axis->first + 0.5) * scale;
+        const int32_t place = axis->is_mirrored ? axis->count - 1 - out : out;
+        const double center = axis->begin + (place + axis->first + 0.5) * scale;
         int32_t low = (int32_t)(center - support + 0.5), high = (int32_t)(center + support + 0.5);
         double sum = 0.0;
         low = low < 0 ? 0 : low;
@@ -88,8 +90,9 @@ static void free_taps(taps_t *taps) {
 
 /* The source pixels that an axis reads: [*low, *high). */
 static void reach(const taps_t *taps, int32_t count, int32_t *low, int32_t *high) {
-    *low = taps->bounds[0];
-    *high = taps->bounds[2 * count - 2] + taps->bounds[2 * count - 1];
+    const int32_t *first = taps->bounds, *last = taps->bounds + 2 * (count - 1);
+    *low = first[0] < last[0] ? first[0] : last[0];
+    *high = first[0] + first[1] > last[0] + last[1] ? first[0] + first[1] : last[0] + last[1];
 }
 
 static inline uint8_t clip(int32_t sum) {

@@ -46,6 +46,7 @@ class Window:
         count: How many are.
         begin: Where the part begins, in source pixels; the filter may read beyond it, as Pillow's ``box``.
         end: Where it ends.
+        is_mirrored: Whether the wanted pixels are written from the last to the first.
     """
 
     total: int
@@ -53,6 +54,7 @@ class Window:
     count: int
     begin: float
     end: float
+    is_mirrored: bool = False
 
     @classmethod
     def of_whole(cls, length_px: float, total: int, first: int, count: int) -> Window:
@@ -62,7 +64,7 @@ class Window:
 
 class _Axis(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("have", "total", "first", "count")),
+        *((name, ctypes.c_int32) for name in ("have", "total", "first", "count", "is_mirrored")),
         *((name, ctypes.c_float) for name in ("begin", "end")),
     ]
 
@@ -105,8 +107,8 @@ def resize(
         source.ctypes.data,
         source.strides[0],
         channels,
-        _Axis(width, x.total, x.first, x.count, x.begin, x.end),
-        _Axis(height, y.total, y.first, y.count, y.begin, y.end),
+        _Axis(width, x.total, x.first, x.count, x.is_mirrored, x.begin, x.end),
+        _Axis(height, y.total, y.first, y.count, y.is_mirrored, y.begin, y.end),
         FILTERS[interpolation],
         is_down_first,
         target.ctypes.data,
@@ -190,5 +192,5 @@ def _resize_by_pillow(
         left, top = x.begin + x.first * wide, y.begin + y.first * high
         right, bottom = min(left + x.count * wide, x.end), min(top + y.count * high, y.end)
         found = image.resize((x.count, y.count), filter_, (left, top, right, bottom))
-    array = np.asarray(found)
+    array = np.asarray(found)[:: -1 if y.is_mirrored else 1, :: -1 if x.is_mirrored else 1]
     out[:] = array if array.ndim == 3 else array[:, :, None]

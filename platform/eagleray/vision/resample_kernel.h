@@ -17,7 +17,8 @@ static void NAME(interleave)(const uint8_t *in, size_t stride, int channels, int
 /* Resizes `rows` rows along themselves: channels bytes a pixel in, 3 out. */
 static void NAME(across)(const uint8_t *in, size_t in_stride, int channels, int32_t rows, const taps_t *taps,
                          int32_t count, uint8_t *strip, uint8_t *out, size_t out_stride) {
-    const int32_t columns = taps->bounds[2 * count - 2] + taps->bounds[2 * count - 1];
+    int32_t low, columns; /* low is 0: bounds count from the first column that is read */
+    reach(taps, count, &low, &columns);
     memset(strip, 0, (size_t)columns * 16);
     for (int32_t row = 0; row < rows; row += 4) {
         const int here = rows - row < 4 ? rows - row : 4;
