@@ -10,6 +10,14 @@ CODE := platform jobs serve_apps tests
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
+# Installs Debian packages where that may be done, or says what follows where it may not: $(call apt,PACKAGES,CONSEQUENCE)
+apt = { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get install --yes --quiet --no-install-recommends $(1) > /dev/null 2>&1 \
+	      || { apt-get update --quiet > /dev/null 2>&1 && apt-get install --yes --quiet --no-install-recommends $(1) > /dev/null 2>&1; } \
+	      || echo "$(1) could not be installed: $(2)"; \
+	  else echo "no $(1), and not root: $(2)"; fi; }
+
 .PHONY: help demo test test-full venv lint bench tree chromium clean
 
 help:  ## this list
@@ -41,17 +49,13 @@ venv: $(STAMP)  ## .venv from constraints.txt; made again when pyproject.toml or
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "eagleray needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v cc > /dev/null || $(call apt,gcc libc6-dev,the resize kernel is left out and Pillow resizes instead)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
 chromium:  # the page is looked at in a real browser; without one those tests skip and say so
-	@command -v chromium > /dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-	    apt-get install --yes --quiet --no-install-recommends chromium > /dev/null 2>&1 \
-	      || { apt-get update --quiet > /dev/null 2>&1 && apt-get install --yes --quiet --no-install-recommends chromium > /dev/null 2>&1; } \
-	      || echo "chromium could not be installed: the tests of the page in a browser will skip"; \
-	  else echo "no chromium, and not root: the tests of the page in a browser will skip"; fi; }
+	@command -v chromium > /dev/null || $(call apt,chromium,the tests of the page in a browser will skip)
 
 clean:  ## remove what was built; runs and corpora stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

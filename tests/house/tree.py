@@ -63,7 +63,7 @@ def is_source(path: Path) -> bool:
     """What belongs to the project: no cache, no build, no empty package file."""
     parts = path.relative_to(ROOT).parts
     is_built = any(part == "__pycache__" or part.endswith(".egg-info") or part.startswith(".") for part in parts)
-    return not is_built and path.name != "__init__.py"
+    return not is_built and path.name != "__init__.py" and path.suffix not in (".so", ".pyd")
 
 
 def render(paths: Iterable[str]) -> str:
@@ -95,6 +95,8 @@ def remark(name: str) -> str:
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".py":
         said = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
+    elif path.suffix in (".c", ".h"):
+        said = text.removeprefix("/* ").partition("\n")[0]
     else:
         said = next((line.lstrip("# ") for line in text.splitlines() if re.match(r"#+ \S", line)), "")
     return shorten(said)

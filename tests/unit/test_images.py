@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from eagleray.vision import codecs
+from eagleray.vision import codecs, images
 from eagleray.vision.images import ImageRefused, ImageSpec, Limits, Reason, decode, decode_full, probe, validate
 from PIL import Image, ImageFile
 
@@ -251,20 +251,6 @@ def test_a_reduced_decode_never_falls_short_of_the_resize() -> None:
         assert factor == 1 or all(-(-a // factor) >= b for a, b in zip((width, height), resized, strict=True))
 
 
-def test_this_pillow_lays_rgb_over_a_buffer() -> None:
-    assert codecs._maps_rgb()
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
-    image = codecs._over(pixels)
-    assert (image.mode, image.size) == ("RGB", (7, 5))
-    np.testing.assert_array_equal(np.asarray(image), pixels[:, :, :3])
-
-
-def test_without_that_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
-    monkeypatch.setattr(codecs, "_maps_rgb", lambda: False)
-    np.testing.assert_array_equal(np.asarray(codecs._over(pixels)), pixels[:, :, :3])
-
-
 # ---- state of the process
 
 
@@ -292,10 +278,12 @@ def test_out_of_memory_is_poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     data, fallback = PICTURES["jpeg 4:2:0"](), PICTURES["png"]()
     with monkeypatch.context() as patch:
+        patch.setattr(images, "resize", starve)
         patch.setattr(Image.Image, "resize", starve)
-        with pytest.raises(ImageRefused) as caught:
-            decode(data, ImageSpec(8, 8))
-    assert caught.value.reason == Reason.POISON
+        for size in (8, 40):
+            with pytest.raises(ImageRefused) as caught:
+                decode(data, ImageSpec(size, size))
+            assert caught.value.reason == Reason.POISON
     monkeypatch.setattr(codecs.simplejpeg, "decode_jpeg", starve)
     monkeypatch.setattr(ImageFile.ImageFile, "load", starve)
     for each in (data, fallback):

@@ -25,6 +25,7 @@ from typing import Any
 from eagleray.core.errors import CapabilityError
 from eagleray.flows import hardware
 from eagleray.flows.hardware import FAIL, OK, WARN, Check
+from eagleray.vision.resample import kernel
 
 RAY_PIN = (2, 60)  # the release whose settings were tried (docs/adr/0001); tests/house compares it with pyproject.toml
 TORCHVISION_OFFSET = 15  # torch 2.N belongs to torchvision 0.(N+15)
@@ -56,6 +57,7 @@ def run() -> list[Check]:
         torch_build(*_torch()),
         torchvision_build(*_torch(), _declared("torchvision")[0]),
         *engines(),
+        resize_kernel(kernel()),
         package_floors(),
         ray_version(installed_version("ray")),
         ray_token(os.environ, Path.home()),
@@ -132,6 +134,18 @@ def torchvision_build(torch: str | None, cuda: str | None, found: str | None) ->
             "(torchvision.io and ops.nms stay unusable and are not used)",
         )
     return Check("torchvision", OK, found)
+
+
+def resize_kernel(found: str) -> Check:
+    """Whether the compiled resize is here; without it pixels are the same and decoding takes twice the time."""
+    if found == "pillow":
+        return Check(
+            "resize kernel",
+            WARN,
+            "not built: Pillow resizes, to the same pixels, several times slower",
+            "install a C compiler (gcc) and install eagleray again",
+        )
+    return Check("resize kernel", OK, f"resample.c, {found}")
 
 
 def engines() -> list[Check]:

@@ -26,6 +26,7 @@ from eagleray.core.commits import Ledger
 from eagleray.core.config import digest as config_digest
 from eagleray.core.errors import ArtifactError, RunIncomplete
 from eagleray.core.records import Record
+from eagleray.vision import resample
 
 if TYPE_CHECKING:
     from eagleray.flows.score import Plan
@@ -164,7 +165,7 @@ def _head(plan: Plan, started: datetime) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what a result may depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "resize_kernel": resample.kernel()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -19,7 +19,14 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from eagleray.core.config import Config
-from eagleray.learn import balance
+from eagleray.learn.balance import (
+    WeightRule,
+    class_weights,
+    positive_weights,
+    prior_logits,
+    soft_binary_cross_entropy,
+    soft_cross_entropy,
+)
 from eagleray.learn.corpus_index import Ints
 from eagleray.learn.mixing import MixSettings, soft_labels, soft_targets
 
@@ -45,7 +52,7 @@ class ClassificationSettings(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixing: MixSettings = MixSettings()
     balance: Literal["none", "weights", "sampler", "logits"] = "none"
-    weight_rule: balance.WeightRule = "inverse"
+    weight_rule: WeightRule = "inverse"
     focal_gamma: float = Field(0.0, ge=0)
     frozen_epochs: int | None = Field(0, ge=0)
     backbone_lr_scale: float = Field(1.0, ge=0)
@@ -76,11 +83,11 @@ class ClassificationLoss(nn.Module):  # type: ignore[misc]
         constants: dict[str, NDArray[np.float32] | None] = {"_weight": None, "_prior": None}
         if settings.balance == "weights" and settings.is_multi_label:
             total = int(class_counts.sum()) if num_images is None else num_images
-            constants["_weight"] = balance.positive_weights(class_counts, total)
+            constants["_weight"] = positive_weights(class_counts, total)
         elif settings.balance == "weights":
-            constants["_weight"] = balance.class_weights(class_counts, rule=settings.weight_rule)
+            constants["_weight"] = class_weights(class_counts, rule=settings.weight_rule)
         elif settings.balance == "logits":
-            constants["_prior"] = balance.prior_logits(class_counts)
+            constants["_prior"] = prior_logits(class_counts)
         for name, value in constants.items():  # functions of the settings: no state
             self.register_buffer(name, None if value is None else torch.from_numpy(value), persistent=False)
 
@@ -95,5 +102,5 @@ class ClassificationLoss(nn.Module):  # type: ignore[misc]
         """Scalar loss of logits (N, C) against targets (N, C)."""
         settings = self.settings
         adjusted = logits.float() if self._prior is None else logits.float() + self._prior
-        loss_of = balance.soft_binary_cross_entropy if settings.is_multi_label else balance.soft_cross_entropy
+        loss_of = soft_binary_cross_entropy if settings.is_multi_label else soft_cross_entropy
         return loss_of(adjusted, targets, weight=self._weight, gamma=settings.focal_gamma)

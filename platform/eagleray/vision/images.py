@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from eagleray.vision.codec_faults import refusal
 from eagleray.vision.codecs import Picture, as_array, load, load_rgb, read_header
 from eagleray.vision.image_headers import Header, ImageRefused, Limits, Reason
 from eagleray.vision.preprocessing import Axis, ImageSpec, normalize
+from eagleray.vision.resample import PILLOW_FILTERS, Window, resize
 
 __all__ = [
     "Header",
@@ -35,14 +35,6 @@ __all__ = [
 ]
 
 _DEFAULT_LIMITS = Limits()
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-# Half the width of each filter, in target pixels. Source: Pillow, src/libImaging/Resample.c.
-_SUPPORT_PX = {"nearest": 0.0, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 # A picture still 4 times the target or more is first averaged by whole pixels: mean |d| <= 0.65 of 255, 12 MP in 14 ms
 # instead of 84 (docs/log.md). It concerns what has no reduced decode: PNG, WebP, TIFF, CMYK.
 _REDUCING_GAP = 2.0
@@ -149,15 +141,20 @@ def _render(picture: Picture, spec: ImageSpec, out: NDArray[np.uint8], reducing_
     x, y = layout.x, layout.y
     # along which stored axis each upright axis lies, and whether it runs backwards there
     across, down = (y, x) if turn >= 5 else (x, y)
-    left = _start(across, turn in (2, 3, 7, 8))
-    top = _start(down, turn in (3, 4, 6, 7))
-    pixels = _turn(as_array(_resized(picture, (across, down), (left, top), spec.interpolation, reducing_gap)), turn)
-    if spec.color == "bgr":
-        pixels = pixels[:, :, ::-1]
+    starts = _start(across, turn in (2, 3, 7, 8)), _start(down, turn in (3, 4, 6, 7))
+    windows = [
+        Window.of_whole(length / picture.reduction, axis.resized_px, start, axis.content_px)
+        for length, axis, start in zip(picture.stored_size, (across, down), starts, strict=True)
+    ]
     if (x.content_px, y.content_px) != (spec.width, spec.height):
         out[:] = spec.fill if spec.crop_mode == "border" else 0
         out = out[y.pad_px : y.pad_px + y.content_px, x.pad_px : x.pad_px + x.content_px]
-    out[:] = pixels
+    is_direct = turn == 1 and spec.color == "rgb"
+    shown = out if is_direct else np.empty((windows[1].count, windows[0].count, 3), np.uint8)
+    _resize_into(shown, picture, (windows[0], windows[1]), spec.interpolation, reducing_gap)
+    if not is_direct:
+        upright = _turn(shown, turn)
+        out[:] = upright[:, :, ::-1] if spec.color == "bgr" else upright
 
 
 def _start(axis: Axis, is_mirrored: bool) -> int:
@@ -165,36 +162,33 @@ def _start(axis: Axis, is_mirrored: bool) -> int:
     return axis.resized_px - axis.crop_px - axis.content_px if is_mirrored else axis.crop_px
 
 
-def _resized(
-    picture: Picture, axes: tuple[Axis, Axis], start: tuple[int, int], interpolation: str, reducing_gap: float | None
-) -> Image.Image:
-    """The shown part of a picture, resized: of ``axes`` (across, down as stored), from resized pixel ``start`` on."""
-    image, filter_ = picture.image, _FILTERS[interpolation]
-    whole, size = (axes[0].resized_px, axes[1].resized_px), (axes[0].content_px, axes[1].content_px)
-    stop = (start[0] + size[0], start[1] + size[1])
-    if interpolation == "nearest" and whole[0] * whole[1] <= _MAX_NEAREST_PIXELS:
-        return image.resize(whole, filter_).crop((*start, *stop))
-    # stored pixels of this image that one resized pixel covers
-    scale = [length / px / picture.reduction for length, px in zip(picture.stored_size, whole, strict=True)]
-    box = (
-        start[0] * scale[0],
-        start[1] * scale[1],
-        min(stop[0] * scale[0], image.width),
-        min(stop[1] * scale[1], image.height),
-    )
-    if size == image.size and box == (0, 0, *size):
-        return image
-    if _is_vertical_first(image.size, size) and not _is_vertical_first(picture.stored_size, whole):
-        margin = _SUPPORT_PX[interpolation] * max(1.0, scale[1]) + 1
-        top, bottom = max(0, int(box[1] - margin)), min(image.height, int(box[3] + margin) + 1)
-        image, box = picture.rows(top, bottom), (box[0], box[1] - top, box[2], box[3] - top)
-    return image.resize(size, filter_, box, reducing_gap)
+def _resize_into(
+    out: NDArray[np.uint8],
+    picture: Picture,
+    windows: tuple[Window, Window],
+    interpolation: str,
+    reducing_gap: float | None,
+) -> None:
+    """The shown part of a picture as it is stored, resized into uint8 (height, width, 3)."""
+    x, y = windows
+    if interpolation == "nearest" and x.total * y.total <= _MAX_NEAREST_PIXELS:
+        image = picture.image().resize((x.total, y.total), PILLOW_FILTERS["nearest"])
+        found = as_array(image.crop((x.first, y.first, x.first + x.count, y.first + y.count)))
+    elif interpolation == "nearest" or _is_far_larger(windows, reducing_gap):
+        left, top = (window.first * window.end / window.total for window in windows)
+        right, bottom = (_stop(window, px) for window, px in zip(windows, picture.size, strict=True))
+        box = (left, top, right, bottom)
+        found = as_array(picture.image().resize((x.count, y.count), PILLOW_FILTERS[interpolation], box, reducing_gap))
+    else:
+        resize(picture.pixels(), out, x, y, interpolation=interpolation)
+        return
+    out[:] = found
 
 
-def _is_vertical_first(have: tuple[int, int], want: tuple[int, int]) -> bool:
-    """Whether Pillow 13 resizes along the columns first, by (width, height) alone. Source: Pillow's pull request 9549.
+def _stop(window: Window, length_px: int) -> float:
+    return min((window.first + window.count) * window.end / window.total, length_px)
 
-    Each pass rounds and clips, so the order shows: mean |d| 0.25, at most 10 of 255. To give the reference's pixels,
-    the shown part must be resized in the order in which the whole would be; without the rows outside it, it is.
-    """
-    return have[1] > want[1] and have[1] - want[1] > 2 * (have[0] - want[0])
+
+def _is_far_larger(windows: tuple[Window, Window], reducing_gap: float | None) -> bool:
+    """Whether Pillow, told of this gap, would average whole pixels first."""
+    return reducing_gap is not None and any(int(w.end / w.total / reducing_gap) > 1 for w in windows)

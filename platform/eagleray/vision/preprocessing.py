@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagleray.core.errors import ArtifactError, ConfigError
+from eagleray.vision.resample import to_planes
 
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -230,13 +231,7 @@ def normalize(
     count, height, width, channels = batch_u8_nhwc.shape
     if out is None:
         out = np.empty((count, channels, height, width), np.float32)
-    scale, bias = (factor[:, None, None] for factor in spec.scale_and_bias)
-    # one image at a time stays in the cache; converting plane by plane beats a strided multiply: 0.10 against 0.22 ms
-    # for 224 x 224 (docs/log.md)
-    for index in range(count):
-        planes = out[index]
-        for channel in range(channels):
-            planes[channel] = batch_u8_nhwc[index, :, :, channel]
-        planes *= scale
-        planes += bias
+    scale, bias = spec.scale_and_bias
+    for index in range(count):  # one image at a time stays in the cache
+        to_planes(batch_u8_nhwc[index], scale, bias, out[index])
     return out

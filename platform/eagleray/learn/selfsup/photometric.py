@@ -1,0 +1,184 @@
+"""What a view's colours go through, for whole batches, on the device where they lie: jitter, gray, blur, solarize.
+
+The operations and their order are those of lightly's transforms (which are torchvision's on Pillow images): brightness,
+contrast, saturation and hue in random order, each held to 0..255; grayscale; blur; solarize; normalize. Two things
+differ, by less than a level: nothing is cut down to a whole level between the steps (Pillow loses half a level a
+step), and the blur extends the picture's edge once, not once for each of Pillow's three passes.
+
+Every image has random numbers of its own (draws.py), and only operations that give the same bits at any place of any
+array are used (no matrix product, no sum in floating point of what is not whole), so a view's pixels are the same alone
+and in any batch, with any number of threads. Rows are sorted into groups that go through the same steps, so that there
+is no loop over images and a step costs only the rows that take it.
+
+Example:
+    >>> views = Photometric(plan)(batch, epoch=0)
+    >>> [tuple(view.shape) for view in views]
+    [(64, 3, 224, 224), (64, 3, 224, 224)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eagleray.learn.draws import uniforms
+from eagleray.learn.selfsup.colours import NUM_DRAWS, Blend, Blur, Chunk, Colours
+from eagleray.learn.selfsup.views import ViewPlan, colour_streams
+
+# Shares of red, green and blue in gray. Source: ITU-R BT.601, as Pillow's convert("L").
+_RED, _GREEN, _BLUE = 0.299, 0.587, 0.114
+_WHITE = 255.0
+# Values of a chunk. On a CPU it and its scratch should stay in the second-level cache (docs/log.md).
+_CHUNK_CPU = 320_000
+_CHUNK_DEVICE = 64_000_000
+
+
+class Photometric(nn.Module):
+    """uint8 crops to float views.
+
+    Args:
+        plan: The views.
+    """
+
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, plan: ViewPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (plan.mean, plan.std))
+        self.register_buffer("scale", 1 / (_WHITE * std), persistent=False)
+        self.register_buffer("bias", -mean / std, persistent=False)
+        self.register_buffer("centres", torch.tensor([0.0, 2.0, -2.0]).view(1, 3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, batch: Mapping[str, Tensor], epoch: int) -> list[Tensor]:
+        """Views of a batch.
+
+        Args:
+            batch: ``view_0``, ``view_1``, ...: uint8 (N, size_px, size_px, 3) on the device of this module; ``key``:
+                uint64 (N,), best left on the CPU, where it is read.
+            epoch: With seed and key, what seeds the random numbers.
+
+        Returns:
+            One float32 (N, 3, size_px, size_px) a view, normalized.
+        """
+        key, views = batch["key"].cpu().numpy(), list[Tensor]()
+        for spec in self.plan.views:
+            # alike views together on a device, where launches cost; one at a time on a CPU, where copies do
+            at_once = spec.num if self.scale.device.type != "cpu" else 1
+            for _ in range(0, spec.num, at_once):
+                numbers = range(len(views), len(views) + at_once)
+                draws = uniforms(
+                    seed=self.plan.seed, epoch=epoch, keys=key, streams=colour_streams(numbers), count=NUM_DRAWS
+                )
+                # rows: all images of the first of these views, then of the next
+                colours = Colours.draw(spec, draws.transpose(1, 0, 2).reshape(-1, NUM_DRAWS))
+                crops = [batch[f"view_{number}"] for number in numbers]
+                rows = self._coloured(crops[0] if at_once == 1 else torch.cat(crops), colours)
+                views.extend(rows.chunk(at_once))
+        return views
+
+    def _coloured(self, rows_u8: Tensor, colours: Colours) -> Tensor:
+        """float32 (R, 3, H, W) of uint8 (R, H, W, 3)."""
+        num, height, width, _ = rows_u8.shape
+        out = _empty((num, 3, height, width), rows_u8.device)
+        outs = out.unbind(0)
+        limit = _CHUNK_CPU if rows_u8.device.type == "cpu" else _CHUNK_DEVICE
+        for chunk in colours.chunks(max(1, limit // (3 * height * width)), rows_u8.device):
+            # to planes while they are bytes: half the time of doing it as floats
+            x = rows_u8.index_select(0, chunk.rows).permute(0, 3, 1, 2).contiguous().float()
+            self._jitter(x, chunk)
+            if len(chunk.gray):
+                x.index_copy_(0, chunk.gray, _gray(x.index_select(0, chunk.gray)).unsqueeze(1).expand(-1, 3, -1, -1))
+            for blur in chunk.blurs:
+                _blur(x[blur.start : blur.stop], blur)
+            if len(chunk.solarized):
+                chosen = x.index_select(0, chunk.solarized)
+                # the same as inverting from 128 on, for whole levels
+                x.index_copy_(0, chunk.solarized, torch.minimum(chosen, _WHITE - chosen))
+            x.mul_(self.scale).add_(self.bias)
+            torch._foreach_copy_([outs[row] for row in chunk.places], x.unbind(0))
+        return out
+
+    def _jitter(self, x: Tensor, chunk: Chunk) -> None:
+        for step, blend in enumerate(chunk.blends):
+            if step == chunk.hue_at:
+                _turn_hue(x, chunk.turn, self.centres)
+            _blend(x, blend)
+        if chunk.hue_at == len(chunk.blends):
+            _turn_hue(x, chunk.turn, self.centres)
+
+
+def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """float32; on a CPU in numpy's memory, which asks for huge pages: 38 MB filled in 6 ms instead of 19."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
+
+
+def _gray(x: Tensor) -> Tensor:
+    """(n, H, W) of (n, 3, H, W)."""
+    return torch.mul(x[:, 0], _RED).add_(x[:, 1], alpha=_GREEN).add_(x[:, 2], alpha=_BLUE)
+
+
+def _blend(x: Tensor, blend: Blend) -> None:
+    """Brightness, contrast or saturation, in place."""
+    factor, gray_weight, level_weight = blend.weights
+    if not blend.has_gray:
+        x.mul_(factor.unsqueeze(1))
+    else:
+        gray = _gray(x)
+        rest = gray * gray_weight
+        if blend.has_level:
+            # whole levels, as Pillow's, have an exact sum whatever the order of the additions
+            level = gray.round_().sum(-1).long().sum(-1).float() / (x.shape[2] * x.shape[3])
+            rest.add_(level[:, None, None] * level_weight)
+        torch.addcmul(rest.unsqueeze(1), x, factor.unsqueeze(1), out=x)
+    if blend.can_overflow:
+        x.clamp_(0, _WHITE)
+
+
+def _turn_hue(x: Tensor, turn: Tensor, centres: Tensor) -> None:
+    """Turns the hue of (n, 3, H, W), in place; value and saturation stay (HSV, as torchvision's adjust_hue).
+
+    A channel is full within one sixth of the circle from its own hue, gone two sixths from it, and linear in between.
+    So the distance from red, in sixths, is 1 + green + blue - red, each on the scale from the lowest to the highest
+    channel.
+    """
+    red, green, blue = x.unbind(1)
+    high = torch.maximum(red, green)
+    low = torch.minimum(red, green)
+    torch.maximum(high, blue, out=high)
+    torch.minimum(low, blue, out=low)
+    chroma = high.sub_(low)
+    hue = (green + blue).sub_(red).sub_(low).add_(chroma)
+    # without chroma there is no hue, and whatever comes out is multiplied by 0
+    hue.div_(chroma.clamp_min(1e-3))
+    torch.copysign(hue, green - blue, out=hue)
+    hue.add_(turn)
+    torch.sub(hue.unsqueeze(1), centres, out=x)
+    # 1 + the share of the channel that is there: 1 to 2 on a circle of 6
+    x.abs_().sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(low.sub_(chroma).unsqueeze(1), x, chroma.unsqueeze(1), out=x)
+
+
+def _blur(x: Tensor, blur: Blur) -> None:
+    """A separable symmetric blur of (n, 3, H, W), in place; the edge goes on beyond the picture."""
+    radius, (height, width) = len(blur.taps) - 1, x.shape[2:]
+    padded = functional.pad(x, (radius, radius, radius, radius), mode="replicate")
+    columns = padded[:, :, radius : radius + height] * blur.taps[0]
+    pair = torch.empty_like(columns)
+    for step in range(1, radius + 1):
+        above, below = radius - step, radius + step
+        torch.add(padded[:, :, above : above + height], padded[:, :, below : below + height], out=pair)
+        columns.addcmul_(pair, blur.taps[step])
+    torch.mul(columns[..., radius : radius + width], blur.taps[0], out=x)
+    for step in range(1, radius + 1):
+        left, right = radius - step, radius + step
+        pair = columns[..., left : left + width] + columns[..., right : right + width]
+        x.addcmul_(pair, blur.taps[step])
