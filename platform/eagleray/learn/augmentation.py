@@ -1,4 +1,4 @@
-"""What a classifier sees of an image in training: a random crop, a flip, and RandAugment or colour jitter; and in tests.
+"""What a classifier sees of an image: in training a random crop, a flip, RandAugment or colour jitter; else as scored.
 
 The crop is one view of selfsup/views.py (one scaled decode, bicubic). RandAugment is timm's ``rand-m9-mstd0.5-inc1``
 with the same operations, levels and probabilities, but every number from (seed, epoch, image id): timm's come from the
@@ -118,9 +118,9 @@ class TrainTransform:
         if is_turned:
             pixels[:] = pixels[::-1].copy()
         if s.rand_augment_ops:
-            pixels[:] = rand_augment(Image.fromarray(pixels), s, generator)
+            pixels[:] = np.asarray(rand_augment(Image.fromarray(pixels), s, generator))
         if s.jitter:
-            pixels[:] = jitter(Image.fromarray(pixels), s.jitter, generator)
+            pixels[:] = np.asarray(jitter(Image.fromarray(pixels), s.jitter, generator))
 
 
 @dataclass(frozen=True)

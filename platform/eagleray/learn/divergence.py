@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -88,9 +89,10 @@ def replay(folder: str | Path, task: nn.Module) -> torch.Tensor:
 
 
 def diverged(loss: float, progress: Progress, folder: Path | None) -> TrainingDiverged:
-    """The error that says it."""
+    """The error that says it, on the worker whose loss it is and on the others."""
+    seen = f"the loss is {loss}" if not math.isfinite(loss) else "the loss of another worker is not finite"
     return TrainingDiverged(
-        f"the loss is {loss} at step {progress.step} (epoch {progress.epoch})",
+        f"{seen} at step {progress.step} (epoch {progress.epoch})",
         expected="a finite loss",
         fix="lower the learning rate, lengthen the warm-up, or clip gradients"
         + (f"; the batch is kept in {folder} (learn.divergence.replay)" if folder else ""),

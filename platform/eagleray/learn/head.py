@@ -115,9 +115,7 @@ def standardisation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, torch.where(scale > floor, scale, torch.ones_like(scale))
 
 
-def folded(
-    weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, **about: Any
-) -> Head:
+def folded(weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, **about: Any) -> Head:
     """A layer over standardised features as one over features as they are: ``W / s`` and ``b - (W / s) m``."""
     plain = weight.double() / scale.double()
     shifted = bias.double() - plain @ mean.double()
@@ -190,8 +188,8 @@ class _Problem:
         optimizer = torch.optim.LBFGS(
             [solution],
             max_iter=self.settings.max_iterations,
-            tolerance_grad=1e-6,
-            tolerance_change=1e-10,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
             history_size=20,
             line_search_fn="strong_wolfe",
         )

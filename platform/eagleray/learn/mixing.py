@@ -68,9 +68,7 @@ def mix(
     """
     if not settings.is_on or generator.random() >= settings.probability:
         return x_nchw, targets
-    cuts = settings.cutmix_alpha > 0 and (
-        settings.mixup_alpha == 0 or generator.random() < settings.switch_probability
-    )
+    cuts = settings.cutmix_alpha > 0 and (settings.mixup_alpha == 0 or generator.random() < settings.switch_probability)
     alpha = settings.cutmix_alpha if cuts else settings.mixup_alpha
     share = float(generator.beta(alpha, alpha))
     if cuts:

@@ -75,9 +75,7 @@ class ClassificationLoss(nn.Module):  # type: ignore[misc]
         num_images: Of the training data, for the weights of multi-label classes; None: the sum of the counts.
     """
 
-    def __init__(
-        self, settings: ClassificationSettings, *, class_counts: Ints, num_images: int | None = None
-    ) -> None:
+    def __init__(self, settings: ClassificationSettings, *, class_counts: Ints, num_images: int | None = None) -> None:
         super().__init__()
         self.settings, self.num_classes = settings, len(class_counts)
         constants: dict[str, NDArray[np.float32] | None] = {"_weight": None, "_prior": None}

@@ -254,7 +254,6 @@ def renew_head(model: nn.Module, num_classes: int, *, seed: int) -> None:
         model.reset_classifier(num_classes)  # type: ignore[operator]
 
 
-
 def logits_and_embedding(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, C) and embedding (N, D), the input of the last layer, of float (N, 3, H, W) by a timm classifier."""
     features = model.forward_features(x)  # type: ignore[operator]
