@@ -227,7 +227,7 @@ def test_a_batch_too_large_for_the_memory_is_refused_with_the_estimate(monkeypat
 def test_the_estimate_counts_what_the_backward_pass_keeps() -> None:
     batch = {name: torch.from_numpy(value) for name, value in next(Pictures().iterate(Position())).arrays.items()}
     task = Hungry()
-    estimate = memory.estimate_bytes(task, lambda few: task.training_step(few, Progress(0, 1, 0, 1)).loss, batch)
+    estimate = memory.estimate_bytes(task, lambda twin, few: twin.training_step(few, Progress(0, 1, 0, 1)).loss, batch)
     assert 8 * 4 * 2**20 <= estimate <= 8 * 4 * 2**20 * 1.01
 
 

@@ -5,7 +5,7 @@ Knows no Ray, writes no checkpoint by itself and prints nothing: hooks do. All t
 that was not stopped; with another world size it sees the same global batches.
 
 A task may have, besides what ``task.Task`` says, ``before_step(progress)``: called before every step, also the first
-after a resume, e.g. to freeze and thaw parameters.
+after a resume, e.g. to freeze and thaw parameters. On the CPU it is deep-copied once, to see what a step needs.
 
 Example:
     >>> result = train(task, batches, TrainSettings(epochs=10), hooks=Hooks(on_report=lambda r: log.info(r.line())))
@@ -337,10 +337,10 @@ class _Loop:
             return
         self.is_checked = True
 
-        def loss(few: Tensors) -> torch.Tensor:
+        def loss(twin: nn.Module, few: Tensors) -> torch.Tensor:
             self._seed(0)
             with self._autocast():
-                return self.task.training_step(self._prepared(few), self.progress).loss
+                return cast(Task, twin).training_step(self._prepared(few), self.progress).loss
 
         memory.refuse_if_too_large(
             memory.estimate_bytes(self.module, loss, part),
