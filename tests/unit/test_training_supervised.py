@@ -203,6 +203,18 @@ def test_several_labels_are_learned(digits: CorpusIndex) -> None:
     assert result.report.logs == {}
 
 
+def test_a_compiled_task_is_compiled_where_it_runs(digits: CorpusIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def compile_(function: Callable[..., object], *_: object, **__: object) -> Callable[..., object]:
+        return lambda model, x: calls.append(len(x)) or function(model, x)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    batches = Batches(digits, TrainTransform(SPEC, PLAIN), FeedSettings(batch_size=20))
+    train(task_of(digits), batches, TrainSettings(max_steps=2, batch_size=20, compiles=True))
+    assert calls == [2, 20, 20]  # the first: what a step needs
+
+
 # What it freezes
 
 

@@ -58,7 +58,9 @@ def rows_of(batch: Mapping[str, Any]) -> int:
     return len(value[0] if isinstance(value, list) else value)
 
 
-def estimate_bytes(task: nn.Module, loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any]) -> int:
+def estimate_bytes(
+    task: nn.Module, loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any]
+) -> int:
     """What a training step of a batch keeps for its backward pass, from a forward pass of two of its images.
 
     Args:
