@@ -252,19 +252,10 @@ class WithEmbedding(nn.Module):  # type: ignore[misc]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # A linear classifier is run on the embedding; other heads (distilled, convolutional) run whole, beside it.
-        classifier = model.get_classifier()  # type: ignore[operator]
-        self.has_linear_head = isinstance(classifier, nn.Linear)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs float32 (N, 3, H, W)."""
-        features = self.model.forward_features(x)  # type: ignore[operator]
-        embedding = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-        if self.has_linear_head:
-            logits = self.model.get_classifier()(embedding)  # type: ignore[operator]
-        else:
-            logits = self.model.forward_head(features)  # type: ignore[operator]
-        return logits, embedding.flatten(1)
+        return logits_and_embedding(self.model, x)
 
 
 def embedding_width(model: nn.Module, spec: ImageSpec) -> int:
@@ -286,3 +277,26 @@ def embedding_width(model: nn.Module, spec: ImageSpec) -> int:
             f"{architecture_of(model)} is not a plain classifier", expected="one row of logits a picture"
         )
     return int(embedding.shape[1])
+
+
+def head(model: nn.Module) -> nn.Module:
+    """The last layer of a timm classifier, the one that a new set of classes replaces."""
+    layer = model.get_classifier()  # type: ignore[operator]
+    return nn.ModuleList(layer) if isinstance(layer, tuple) else layer
+
+
+def renew_head(model: nn.Module, num_classes: int, *, seed: int) -> None:
+    """Puts a new last layer with its own first weights into a timm classifier; torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+
+
+def logits_and_embedding(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, C) and embedding (N, D), the input of the last layer, of float (N, 3, H, W) by a timm classifier."""
+    features = model.forward_features(x)  # type: ignore[operator]
+    embedding = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    # A linear classifier is run on the embedding; other heads (distilled, convolutional) run whole, beside it.
+    logits = classifier(embedding) if isinstance(classifier, nn.Linear) else model.forward_head(features)  # type: ignore[operator]
+    return logits, embedding.flatten(1)

@@ -237,7 +237,7 @@ def _size_of(foreign: Foreign, config: ImportConfig) -> tuple[int, int]:
 
 def _import_timm(config: ImportConfig, export: Export | None) -> ModelBundle:
     labels = read_labels(config.labels) if config.labels is not None else None
-    model, source, digest, own = _make_model(config, None if labels is None else len(labels))
+    model, source, digest, own = make_model(config, None if labels is None else len(labels))
     from eagleray.vision import backbones
 
     labels = labels or own
@@ -267,8 +267,19 @@ def _import_timm(config: ImportConfig, export: Export | None) -> ModelBundle:
     return save_bundle(config.out, draft, weights, timm_config=backbones.hub_config(model, spec, labels))
 
 
-def _make_model(config: ImportConfig, num_labels: int | None) -> tuple[nn.Module, str, str, tuple[Label, ...] | None]:
-    """The model, where it came from, the digest of its weights' file (or ""), and the labels it brings."""
+def make_model(config: ImportConfig, num_labels: int | None) -> tuple[nn.Module, str, str, tuple[Label, ...] | None]:
+    """The model that a config names, in eval mode on the CPU.
+
+    Args:
+        config: Which model, and its weights.
+        num_labels: Outputs, where the weights do not say how many.
+
+    Returns:
+        The model, where it came from, the digest of its weights' file (or ""), and the labels it brings.
+
+    Raises:
+        ConfigError, ArtifactError, CapabilityError: As import_model says.
+    """
     from eagleray.vision import backbones
 
     lite0 = _lite0_file() if config.model == LITE0 else None
