@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagleray import __version__
-from eagleray.assure.report import Bars, Block, Histogram, Line, Report, Table
+from eagleray.assure.report import Bars, Block, Curves, Heatmap, Histogram, Line, Report, Table
 from eagleray.core.storage import write_atomic
 from eagleray.pages import plots, sheets, wording
 
@@ -74,7 +74,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    draw: dict[type, Callable[[Any], str]] = {Bars: plots.bars, Histogram: plots.histogram, Line: plots.line}
+    draw: dict[type, Callable[[Any], str]] = {
+        Bars: plots.bars,
+        Histogram: plots.histogram,
+        Line: plots.line,
+        Curves: plots.curves,
+        Heatmap: plots.heatmap,
+    }
     environment.filters.update(
         visible=wording.visible,
         lines=lambda text: wording.visible(text, keep="\n"),
@@ -104,7 +110,7 @@ def _groups(blocks: Sequence[Block]) -> Iterator[tuple[str, list[Any]]]:
     """Blocks that are shown together: charts beside each other, folded tables one under the other."""
 
     def name(block: Block) -> str:
-        if isinstance(block, Bars | Histogram | Line):
+        if isinstance(block, Bars | Histogram | Line | Curves):
             return "charts"
         return "folded" if isinstance(block, Table) and block.is_folded else "plain"
 
