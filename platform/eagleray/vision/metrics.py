@@ -282,15 +282,12 @@ def pr_curve(answers: Answers, label: int) -> tuple[Float64, Float64]:
     return recall[::-1], precision[::-1]
 
 
-def mean_pr_curve(answers: Answers, labels: Int64, points: int = 101) -> tuple[Float64, Float64]:
-    """The mean over classes of the highest precision at each recall or more, on a grid of recalls from 0 to 1."""
-    grid = np.linspace(0, 1, points)
-    total = np.zeros(points)
-    for label in labels.tolist():
-        recall, precision = pr_curve(answers, label)
-        best = np.maximum.accumulate(precision[::-1])[::-1]
-        total += best[np.searchsorted(recall, grid, side="left").clip(max=len(best) - 1)]
-    return grid, total / max(1, len(labels))
+def envelope(answers: Answers, label: int, grid: Float64) -> Float64:
+    """The highest precision of a class at each recall of a grid or more; float64, shape of ``grid``, ascending 0..1."""
+    recall, precision = pr_curve(answers, label)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    at = np.searchsorted(recall, grid - 1e-12, side="left").clip(min=1, max=len(best) - 1)  # 0: the curve's own start
+    return np.asarray(best[at], np.float64)
 
 
 def surest_mistakes(answers: Answers, most: int) -> list[tuple[int, int, float]]:

@@ -272,11 +272,9 @@ def _groups(index: CorpusIndex, column: str) -> tuple[list[str], Int64]:
     ids = [name.decode() for name in index.ids.tolist()]
     if not column:
         return ids, np.arange(len(ids), dtype=np.int64)
-    named = pc.replace_with_mask(
-        index.columns[column], pc.equal(pc.fill_null(index.columns[column], ""), ""), pa.scalar(None, pa.string())
-    )
-    values = pc.unique(named.drop_null())
-    codes = pc.fill_null(pc.index_in(named, value_set=values), -1).to_numpy().astype(np.int64)
+    named = pc.fill_null(index.columns[column], "")
+    values = pa.array([value for value in pc.unique(named).to_pylist() if value], pa.string())
+    codes = _ints(pc.fill_null(pc.index_in(named, value_set=values), -1))
     alone = np.flatnonzero(codes < 0)
     codes[alone] = len(values) + np.arange(len(alone))
     return [*values.to_pylist(), *(ids[at] for at in alone)], codes
