@@ -185,7 +185,7 @@ def _confusion(found: Evaluation) -> Iterator[blocks.Block]:
         for true, said, images in found.confusions:
             counts[place[true], place[said]] = images
         names = tuple(_name(found, index) for index in shown)
-        note = "Images of each class (a row) by the model's answer (a column); the darker, the larger its share of the row."
+        note = "Images of each class (a row) by the answer (a column); the stronger the colour, the larger its share."
         rows = tuple(tuple(row) for row in counts.tolist())
         yield blocks.Heatmap("Confusion", names, names, rows, "truth", "answer", note)
     wrong = [row for row in found.confusions if row[0] != row[1]]
@@ -286,9 +286,9 @@ def _classes(found: Evaluation) -> blocks.Table:
 
 
 def _split_table(found: Evaluation, names: Sequence[str], counts: npt.NDArray[np.int64]) -> blocks.Table:
-    rows = tuple(
+    rows: list[tuple[blocks.Cell, ...]] = [
         (_name(found, index), *(int(number) for number in counts[index]))
         for index in np.flatnonzero(counts.sum(axis=1)).tolist()
-    )
-    total = ("all classes", *(int(number) for number in counts.sum(axis=0)))
-    return blocks.Table("Labels in each split", ("class", *names), (*rows, total), is_folded=len(rows) > FOLDED_FROM // 2)
+    ]
+    rows.append(("all classes", *(int(number) for number in counts.sum(axis=0))))
+    return blocks.Table("Labels in each split", ("class", *names), tuple(rows), is_folded=len(rows) > FOLDED_FROM // 2)
