@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from eagleray.assure.scored_answers import read_answers
 from eagleray.core import commits, storage
 from eagleray.core.errors import ArtifactError, ConfigError, DataError
 from eagleray.core.records import read_record
+from eagleray.flows import score
 from eagleray.flows.evaluate import EvaluateConfig, run
 from eagleray.flows.ingest import IngestConfig
 from eagleray.flows.ingest import run as ingest
+from eagleray.flows.inspection import describe
 from eagleray.flows.report import rebuild
 from eagleray.vision.bundle import load_bundle, save_bundle
 from eagleray.vision.corpus import open_corpus, samples, split_of
@@ -277,6 +280,39 @@ def test_bad_input_says_what_to_do_and_overwrites_nothing(
     quiet(config(corpus, tiny_model, tmp_path / "run", split="all"))
     with pytest.raises(ConfigError, match="another source"):
         quiet(config(make_corpus(label, 10, "second"), tiny_model, tmp_path / "run", split="all"))
+
+
+def test_an_evaluation_can_be_inspected_and_a_changed_figure_is_found(
+    make_corpus: MakeCorpus, tiny_model: Path, tmp_path: Path
+) -> None:
+    said = quiet(config(make_corpus(label, count=20), tiny_model, tmp_path / "run", split="all"))
+    found = describe(tmp_path / "run")
+    assert (found["kind"], found["images"], found["top1"]) == ("evaluation", 20, said["top1"])
+    assert found["verified"]["by_digest"] == 3
+    metrics = tmp_path / "run" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"n": 20', '"n": 21'))
+    with pytest.raises(ArtifactError, match=r"metrics\.json has changed"):
+        describe(tmp_path / "run")
+
+
+def test_labels_that_a_run_did_not_keep_count_as_zero(
+    make_corpus: MakeCorpus, tiny_model: Path, tmp_path: Path
+) -> None:
+    corpus = make_corpus(label, count=20)
+    score.run(
+        score.ScoreConfig(
+            source=str(corpus), model=str(tiny_model), out=str(tmp_path / "run"), runtime="onnx", top_k=2
+        ),
+        is_quiet=True,
+    )
+    ids = [sample.id for sample in samples(open_corpus(corpus))]
+    found = read_answers(tmp_path / "run", CLASSES, [*reversed(ids), "f" * 64])
+    assert found.is_scored.tolist() == [True] * 20 + [False]
+    assert ((found.probabilities > 0).sum(axis=1) == [2] * 20 + [0]).all()
+    rows = {row["id"]: row for row in commits.open_scores(tmp_path / "run").to_table().to_pylist()}
+    for at, name in enumerate(reversed(ids)):
+        assert CLASSES[found.probabilities[at].argmax()] == rows[name]["label"]
+        assert found.uris[at] == rows[name]["uri"]
 
 
 def test_the_page_can_be_built_again(make_corpus: MakeCorpus, tiny_model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ MOST_CONFUSIONS = 20
 MOST_BARS = 30
 MOST_ROWS = 200  # of the table of classes: the weakest; metrics.json has all
 FOLDED_FROM = 40  # rows
+FEWEST_IN_BIN = 5  # answers behind a point of the reliability diagram: the share of fewer is mostly chance
 
 NAMES = {
     "top1": "top-1",
@@ -215,7 +216,7 @@ def _charts(found: Evaluation) -> Iterator[blocks.Block]:
     points = tuple(
         (round(float(x), 5), round(float(y), 5))
         for x, y, n in zip(r.confidence, r.accuracy, r.counts, strict=True)
-        if n
+        if n >= min(FEWEST_IN_BIN, int(r.counts.max()))
     )
     what = "probabilities of all labels" if found.is_multi_label else "the probability of the answer"
     yield blocks.Curves(
@@ -226,8 +227,8 @@ def _charts(found: Evaluation) -> Iterator[blocks.Block]:
         is_unit=True,
         has_diagonal=True,
         has_marks=True,
-        note=f"Over {len(r.counts)} bins of {what}; on the dotted line stated and observed agree, below it the model "
-        "is too sure.",
+        note=f"In {len(r.counts)} bins of {what}, those of {FEWEST_IN_BIN} or more; on the dotted line stated and "
+        "observed agree, below it the model is too sure.",
     )
     yield blocks.Histogram(
         "How sure the model was",

@@ -152,8 +152,9 @@ def _legend(shown: Sequence[Curve]) -> str:
 
 
 def heatmap(block: Heatmap) -> str:
-    """A real table, each cell shaded by the root of its share of its row, so that a few percent show; where rows and
-    columns are the same, the diagonal is of the main colour and what lies beside it of another.
+    """A real table, each cell shaded by the cube root of its share of its row, so that one percent shows.
+
+    Where rows and columns are the same, the diagonal is of the main colour and what lies beside it of another.
     """
     is_square = block.rows == block.columns
     heads = "".join(
@@ -186,7 +187,7 @@ def _cell(count: int, share: float, told: str, is_beside: bool) -> str:
     if not count:
         return "<td></td>"
     css = ' class="beside"' if is_beside else ""
-    shade = f'<i style="opacity:{max(DEEPEST * share**0.5, 0.06):.3f}"></i>'
+    shade = f'<i style="opacity:{DEEPEST * share ** (1 / 3):.3f}"></i>'
     return f'<td{css} title="{escape(told)}">{shade}<b>{escape(wording.number(count))}</b></td>'
 
 
