@@ -36,7 +36,7 @@ from eagleray.vision import resample
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-import lightly_loader  # noqa: E402
+import lightly_loader
 
 BATCH = 64
 PLANS = {"simclr": simclr_plan(224), "byol": byol_plan(224), "dino": dino_plan(224, 96, 6)}
