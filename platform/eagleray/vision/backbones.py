@@ -13,7 +13,7 @@ import socket
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -131,6 +131,44 @@ def size_args(name: str, size_px: int) -> dict[str, Any]:
     current = get_model_input_config(model)
     is_other = tuple(current["input_size"][1:]) != (size_px, size_px)
     return {"img_size": size_px} if current["fixed_input_size"] and is_other else {}
+
+
+def create_headless(backbone: Backbone, *, size_px: int | None = None) -> tuple[nn.Module, int]:
+    """Makes a timm model without its classifier, and says the width D of what it gives.
+
+    It takes float32 (N, 3, H, W) to pooled features (N, D). An architecture of fixed input size, as a ViT, is made to
+    take any size that its patches divide, since the views of multi-crop have two; its positions are laid out for
+    ``size_px`` and resampled for others.
+
+    Args:
+        backbone: Which model; ``num_classes`` is not read.
+        size_px: The side of the larger images to come; None for the model's own.
+
+    Raises:
+        ConfigError: As ``create``, or the model can take one input size only, or does not pool to one row a picture.
+        ArtifactError, CapabilityError: As ``create``.
+    """
+    plain = replace(backbone, num_classes=0)
+    model = create(plain)
+    wanted = get_model_input_config(model)
+    more: dict[str, Any] = {"img_size": size_px} if size_px and "img_size" in saved_args(model) else {}
+    if wanted["fixed_input_size"]:
+        more["dynamic_img_size"] = True
+    if more:
+        try:
+            model = create(replace(plain, model_args={**more, **plain.model_args}))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{backbone.name} takes images of one size only: {error.seen}",
+                expected="an architecture that takes any size, as the ResNets, the EfficientNets and the plain ViTs",
+                fix="name another backbone",
+            ) from error
+    side = size_px or int(wanted["input_size"][1])
+    with torch.inference_mode():
+        features = model(torch.zeros(1, 3, side, side))
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise ConfigError(f"{backbone.name} does not pool to one row a picture", expected="a timm image backbone")
+    return model, int(features.shape[1])
 
 
 def architecture_of(model: nn.Module) -> str:
