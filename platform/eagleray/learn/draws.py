@@ -42,7 +42,7 @@ def uniforms(
     state = _mix(state ^ np.asarray(streams, np.uint64))[..., None]
     bits = _mix(state + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
     # the high 53 bits fill a float64's fraction
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:

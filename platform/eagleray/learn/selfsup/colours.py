@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _ORDERS = np.array(list(permutations((_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE))))
 _NO_JITTER = -1
 _BOX_PASSES = 3  # Source: Pillow, src/libImaging/BoxBlur.c, as ImageFilter.GaussianBlur calls it
+_LEAST_TAP = 1 / 512  # a neighbour that differs by all of 255 moves a pixel by half a level; a quarter fewer taps
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Chunk:
         blends: Of brightness, contrast and saturation, in the order drawn; none where nothing is jittered.
         hue_at: Before which blend the hue is turned (after the last: 3); None where it is not.
         turn: float32 (n, 1, 1): how far, in sixths of the colour circle.
+        is_far: Whether turns of more than 2 may come, after which a hue has to be brought back to -3..3.
         gray: int64: which of these n rows lose their colour.
         blurs: By rows and radius.
         solarized: int64: which of these n rows are solarized.
@@ -84,6 +86,7 @@ class Chunk:
     blends: tuple[Blend, ...]
     hue_at: int | None
     turn: Tensor
+    is_far: bool
     gray: Tensor
     blurs: tuple[Blur, ...]
     solarized: Tensor
@@ -102,7 +105,7 @@ class Colours:
         taps: float32 (R, largest radius + 1).
         is_gray: bool (R,).
         is_solarized: bool (R,).
-        has_hue: Whether the spec turns hues at all.
+        most_turn: The most that the spec allows; 0 turns no hues at all.
     """
 
     rows: NDArray[np.int64]
@@ -113,7 +116,7 @@ class Colours:
     taps: NDArray[np.float32]
     is_gray: NDArray[np.bool_]
     is_solarized: NDArray[np.bool_]
-    has_hue: bool
+    most_turn: float
 
     @classmethod
     def draw(cls, spec: ViewSpec, draws: Floats) -> Colours:
@@ -142,47 +145,39 @@ class Colours:
             taps[rows].astype(np.float32),
             is_gray[rows],
             is_solarized[rows],
-            spec.jitter_strength * spec.hue > 0,
+            6 * spec.jitter_strength * spec.hue,
         )
 
     def chunks(self, most: int, device: torch.device) -> Iterator[Chunk]:
         """Runs of at most ``most`` rows whose hue turns at the same step, with their numbers on a device."""
-        for start, stop in _runs(self.hue_at):
-            for first in range(start, stop, most):
-                yield self._chunk(slice(first, min(stop, first + most)), device)
 
-    def _chunk(self, part: slice, device: torch.device) -> Chunk:
         def on_device(array: NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-        hue_at = int(self.hue_at[part.start])
-        blends, blurs = list[Blend](), list[Blur]()
-        for step in range(3 if hue_at != _NO_JITTER else 0):
-            weights = self.blends[part, step]
-            has_level = bool(weights[:, 2].any())
-            blends.append(
-                Blend(
-                    on_device(weights.T[:, :, None, None]),
-                    has_level or bool(weights[:, 1].any()),
-                    has_level,
-                    bool((weights[:, 0] > 1).any()),
+        rows, turn = on_device(self.rows), on_device(self.turn[:, None, None])
+        weights = on_device(self.blends.transpose(1, 2, 0)[..., None, None])
+        taps = on_device(self.taps.T[:, :, None, None, None])
+        is_needed = np.stack([self.blends[:, :, 1:].any(2), self.blends[:, :, 2] != 0, self.blends[:, :, 0] > 1], 2)
+        for start, stop in _runs(self.hue_at):
+            for first in range(start, stop, most):
+                part = slice(first, min(stop, first + most))
+                hue_at = int(self.hue_at[first])
+                needs: list[list[bool]] = is_needed[part].any(0).tolist() if hue_at != _NO_JITTER else []  # type: ignore[assignment]
+                yield Chunk(
+                    self.rows[part].tolist(),
+                    rows[part],
+                    tuple(Blend(weights[step, :, part], *needed) for step, needed in enumerate(needs)),
+                    hue_at if needs and self.most_turn > 0 else None,
+                    turn[part],
+                    self.most_turn > 2,
+                    on_device(np.flatnonzero(self.is_gray[part])),
+                    tuple(
+                        Blur(low, high, taps[: radius + 1, first + low : first + high])
+                        for low, high in _runs(self.radius[part])
+                        if (radius := int(self.radius[first + low]))
+                    ),
+                    on_device(np.flatnonzero(self.is_solarized[part])),
                 )
-            )
-        for start, stop in _runs(self.radius[part]):
-            radius = int(self.radius[part][start])
-            if radius:
-                taps = self.taps[part][start:stop, : radius + 1]
-                blurs.append(Blur(start, stop, on_device(taps.T[:, :, None, None, None])))
-        return Chunk(
-            self.rows[part].tolist(),
-            on_device(self.rows[part]),
-            tuple(blends),
-            hue_at if blends and self.has_hue else None,
-            on_device(self.turn[part, None, None]),
-            on_device(np.flatnonzero(self.is_gray[part])),
-            tuple(blurs),
-            on_device(np.flatnonzero(self.is_solarized[part])),
-        )
 
 
 def blur_taps(sigma: Floats) -> tuple[NDArray[np.int64], Floats]:
@@ -192,8 +187,9 @@ def blur_taps(sigma: Floats) -> tuple[NDArray[np.int64], Floats]:
         sigma: (R,) in pixels; 0 does not blur.
 
     Returns:
-        int64 (R,): the radius in pixels, 3 below a sigma of sqrt(2), 6 below sqrt(6), and so on; 0 where sigma is 0.
-        float64 (R, largest radius + 1): the symmetric kernel from its middle outwards, 0 beyond a row's radius.
+        int64 (R,): the radius in pixels; 0 where sigma is 0.
+        float64 (R, largest radius + 1): the symmetric kernel from its middle outwards, of sum 1 with its mirror image.
+            What lies outside of the last tap of ``_LEAST_TAP`` is left out, and the rest made to sum to 1.
 
     Source:
         Gwosdek, Grewenig, Bruhn, Weickert 2011, "Theoretical foundations of Gaussian convolution by extended box
@@ -211,8 +207,10 @@ def blur_taps(sigma: Floats) -> tuple[NDArray[np.int64], Floats]:
         padded = np.pad(kernel, ((0, 0), (2 * reach, 2 * reach)))
         width = kernel.shape[1] + 2 * reach
         kernel = sum(box[:, [shift]] * padded[:, shift : shift + width] for shift in range(2 * reach + 1))
-    radius = np.where(sigma > 0, _BOX_PASSES * (whole + 1), 0).astype(np.int64)
-    return radius, kernel[:, kernel.shape[1] // 2 :]
+    taps = kernel[:, kernel.shape[1] // 2 :]
+    radius = np.where(sigma > 0, np.count_nonzero(taps >= _LEAST_TAP, axis=1) - 1, 0)
+    taps = np.where(np.arange(taps.shape[1]) <= radius[:, None], taps, 0)[:, : radius.max(initial=0) + 1]
+    return radius, taps / (2 * taps.sum(1, keepdims=True) - taps[:, :1])
 
 
 def _blends(factors: Floats, order: NDArray[np.int64]) -> Floats:
@@ -232,4 +230,4 @@ def _between(low: Floats | float, high: Floats | float, draws: Floats) -> Floats
 def _runs(values: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """(start, stop) of each run of equal values."""
     borders = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    return ((start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start)
+    return ((start, stop) for start, stop in pairwise(borders) if stop > start)

@@ -22,22 +22,25 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from eagleray.learn.draws import uniforms
 from eagleray.learn.selfsup.colours import NUM_DRAWS, Blend, Blur, Chunk, Colours
 from eagleray.learn.selfsup.views import ViewPlan, colour_streams
+from eagleray.vision.resample import to_planes
 
 # Shares of red, green and blue in gray. Source: ITU-R BT.601, as Pillow's convert("L").
 _RED, _GREEN, _BLUE = 0.299, 0.587, 0.114
 _WHITE = 255.0
+_ONES, _ZEROS = np.ones(3, np.float32), np.zeros(3, np.float32)
 # Values of a chunk. On a CPU it and its scratch should stay in the second-level cache (docs/log.md).
 _CHUNK_CPU = 320_000
 _CHUNK_DEVICE = 64_000_000
 
 
-class Photometric(nn.Module):
+class Photometric(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
     """uint8 crops to float views.
 
     Args:
@@ -55,7 +58,7 @@ class Photometric(nn.Module):
         self.register_buffer("bias", -mean / std, persistent=False)
         self.register_buffer("centres", torch.tensor([0.0, 2.0, -2.0]).view(1, 3, 1, 1), persistent=False)
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def forward(self, batch: Mapping[str, Tensor], epoch: int) -> list[Tensor]:
         """Views of a batch.
 
@@ -69,29 +72,28 @@ class Photometric(nn.Module):
         """
         key, views = batch["key"].cpu().numpy(), list[Tensor]()
         for spec in self.plan.views:
-            # alike views together on a device, where launches cost; one at a time on a CPU, where copies do
-            at_once = spec.num if self.scale.device.type != "cpu" else 1
-            for _ in range(0, spec.num, at_once):
-                numbers = range(len(views), len(views) + at_once)
-                draws = uniforms(
-                    seed=self.plan.seed, epoch=epoch, keys=key, streams=colour_streams(numbers), count=NUM_DRAWS
-                )
-                # rows: all images of the first of these views, then of the next
-                colours = Colours.draw(spec, draws.transpose(1, 0, 2).reshape(-1, NUM_DRAWS))
-                crops = [batch[f"view_{number}"] for number in numbers]
-                rows = self._coloured(crops[0] if at_once == 1 else torch.cat(crops), colours)
-                views.extend(rows.chunk(at_once))
+            numbers = range(len(views), len(views) + spec.num)
+            draws = uniforms(
+                seed=self.plan.seed, epoch=epoch, keys=key, streams=colour_streams(numbers), count=NUM_DRAWS
+            )
+            # rows: all images of the first of these views, then of the next
+            colours = Colours.draw(spec, draws.transpose(1, 0, 2).reshape(-1, NUM_DRAWS))
+            rows = self._coloured([batch[f"view_{number}"] for number in numbers], colours)
+            views.extend(rows.chunk(spec.num))
         return views
 
-    def _coloured(self, rows_u8: Tensor, colours: Colours) -> Tensor:
-        """float32 (R, 3, H, W) of uint8 (R, H, W, 3)."""
-        num, height, width, _ = rows_u8.shape
-        out = _empty((num, 3, height, width), rows_u8.device)
+    def _coloured(self, crops: list[Tensor], colours: Colours) -> Tensor:
+        """float32 (R, 3, H, W) of uint8 (N, H, W, 3) of each view alike."""
+        count, height, width, _ = crops[0].shape
+        device = crops[0].device
+        most = max(1, (_CHUNK_CPU if _is_cpu(device) else _CHUNK_DEVICE) // (3 * height * width))
+        out = _empty((len(crops) * count, 3, height, width), device)
         outs = out.unbind(0)
-        limit = _CHUNK_CPU if rows_u8.device.type == "cpu" else _CHUNK_DEVICE
-        for chunk in colours.chunks(max(1, limit // (3 * height * width)), rows_u8.device):
-            # to planes while they are bytes: half the time of doing it as floats
-            x = rows_u8.index_select(0, chunk.rows).permute(0, 3, 1, 2).contiguous().float()
+        rows_u8 = [row for crop in crops for row in crop.numpy()] if _is_cpu(device) else torch.cat(crops)
+        scratch = _empty((min(most, len(out)), 3, height, width), device)
+        for chunk in colours.chunks(most, device):
+            x = scratch[: len(chunk.places)]
+            _load(x, rows_u8, chunk)
             self._jitter(x, chunk)
             if len(chunk.gray):
                 x.index_copy_(0, chunk.gray, _gray(x.index_select(0, chunk.gray)).unsqueeze(1).expand(-1, 3, -1, -1))
@@ -108,17 +110,31 @@ class Photometric(nn.Module):
     def _jitter(self, x: Tensor, chunk: Chunk) -> None:
         for step, blend in enumerate(chunk.blends):
             if step == chunk.hue_at:
-                _turn_hue(x, chunk.turn, self.centres)
+                _turn_hue(x, chunk, self.centres)
             _blend(x, blend)
         if chunk.hue_at == len(chunk.blends):
-            _turn_hue(x, chunk.turn, self.centres)
+            _turn_hue(x, chunk, self.centres)
+
+
+def _is_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """float32; on a CPU in numpy's memory, which asks for huge pages: 38 MB filled in 6 ms instead of 19."""
-    if device.type == "cpu":
+    if _is_cpu(device):
         return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(shape, device=device)
+
+
+def _load(x: Tensor, rows_u8: list[NDArray[np.uint8]] | Tensor, chunk: Chunk) -> None:
+    """Bytes of a chunk's rows, (H, W, 3) each, to planes of floats: (n, 3, H, W)."""
+    if isinstance(rows_u8, Tensor):
+        x.copy_(rows_u8.index_select(0, chunk.rows).permute(0, 3, 1, 2))
+        return
+    # 0.01 ms a 224 px view; torch's own permuting copy takes 0.06 (docs/log.md)
+    for row, planes in zip(chunk.places, x.numpy(), strict=True):
+        to_planes(rows_u8[row], _ONES, _ZEROS, planes)
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -143,7 +159,7 @@ def _blend(x: Tensor, blend: Blend) -> None:
         x.clamp_(0, _WHITE)
 
 
-def _turn_hue(x: Tensor, turn: Tensor, centres: Tensor) -> None:
+def _turn_hue(x: Tensor, chunk: Chunk, centres: Tensor) -> None:
     """Turns the hue of (n, 3, H, W), in place; value and saturation stay (HSV, as torchvision's adjust_hue).
 
     A channel is full within one sixth of the circle from its own hue, gone two sixths from it, and linear in between.
@@ -160,7 +176,9 @@ def _turn_hue(x: Tensor, turn: Tensor, centres: Tensor) -> None:
     # without chroma there is no hue, and whatever comes out is multiplied by 0
     hue.div_(chroma.clamp_min(1e-3))
     torch.copysign(hue, green - blue, out=hue)
-    hue.add_(turn)
+    hue.add_(chunk.turn)
+    if chunk.is_far:
+        hue.sub_(hue.div(6).round_().mul_(6))
     torch.sub(hue.unsqueeze(1), centres, out=x)
     # 1 + the share of the channel that is there: 1 to 2 on a circle of 6
     x.abs_().sub_(3).abs_().clamp_(1, 2)
@@ -171,14 +189,15 @@ def _blur(x: Tensor, blur: Blur) -> None:
     """A separable symmetric blur of (n, 3, H, W), in place; the edge goes on beyond the picture."""
     radius, (height, width) = len(blur.taps) - 1, x.shape[2:]
     padded = functional.pad(x, (radius, radius, radius, radius), mode="replicate")
-    columns = padded[:, :, radius : radius + height] * blur.taps[0]
+    columns = torch.mul(padded[:, :, radius : radius + height], blur.taps[0])
     pair = torch.empty_like(columns)
     for step in range(1, radius + 1):
         above, below = radius - step, radius + step
         torch.add(padded[:, :, above : above + height], padded[:, :, below : below + height], out=pair)
         columns.addcmul_(pair, blur.taps[step])
     torch.mul(columns[..., radius : radius + width], blur.taps[0], out=x)
+    pair = pair.view(-1)[: x.numel()].view(x.shape)
     for step in range(1, radius + 1):
         left, right = radius - step, radius + step
-        pair = columns[..., left : left + width] + columns[..., right : right + width]
+        torch.add(columns[..., left : left + width], columns[..., right : right + width], out=pair)
         x.addcmul_(pair, blur.taps[step])

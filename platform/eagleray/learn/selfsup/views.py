@@ -1,9 +1,9 @@
 """Which views a method sees of an image, and their geometry: one decode, every crop from that one buffer.
 
 A plan says how many views there are and how each is drawn; the plans of SimCLR, BYOL and DINO have the values that
-lightly's transforms have. ``ViewTransform`` does what needs the whole picture: it decodes once, as small as the sharpest
-crop allows, and gives crops as uint8. ``photometric.Photometric`` does the rest (colours, blur, normalize) on batches,
-on the device where they lie.
+lightly's transforms have. ``ViewTransform`` does what needs the whole picture: it decodes once, as small as the
+sharpest crop allows, and gives crops as uint8. ``photometric.Photometric`` does the rest (colours, blur, normalize) on
+batches, on the device where they lie.
 
 A crop is that of torchvision's RandomResizedCrop (area, then aspect ratio, then place, in whole pixels of the upright
 picture). The resize looks past the border of a crop where the picture goes on, as any resize of a larger picture does;
@@ -25,7 +25,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from eagleray.core.config import Config
 from eagleray.learn.draws import uniforms
@@ -38,6 +38,7 @@ from eagleray.vision.resample import Window, resize
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # A drawn rectangle that does not fit is drawn again. Source: torchvision 0.28, RandomResizedCrop.make_params.
 _ATTEMPTS = 10
+_DEFAULT_LIMITS = Limits()
 _DRAWS = 2 * _ATTEMPTS + 3  # area and ratio of each attempt, left, top, flip
 # A picture without a reduced decode is first averaged by whole pixels while it stays this much larger than the sharpest
 # crop needs. Source: Pillow's documentation of reducing_gap: at 2.0 next to indistinguishable from the whole resize.
@@ -53,6 +54,7 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 Strength = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class ViewSpec(Config):
@@ -94,6 +96,12 @@ class ViewSpec(Config):
     sigma_px: Range = (0.1, 2.0)
     solarize_p: Probability = 0.0
 
+    @model_validator(mode="after")
+    def _hue_stays_on_the_circle(self) -> ViewSpec:
+        if self.jitter_strength * self.hue > 0.5:
+            raise ValueError("jitter_strength * hue of at most 0.5, half the circle, is expected")
+        return self
+
 
 class ViewPlan(Config):
     """All views of an image, in order.
@@ -109,7 +117,7 @@ class ViewPlan(Config):
 
     views: Annotated[tuple[ViewSpec, ...], Field(min_length=1)]
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: Annotated[tuple[float, float, float], Field()] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     seed: int = 0
     is_scaled: bool = True
 
@@ -204,7 +212,7 @@ class ViewTransform:
     """
 
     plan: ViewPlan
-    limits: Limits = Limits()
+    limits: Limits = _DEFAULT_LIMITS
 
     def __call__(self, items: Sequence[Item], epoch: int) -> dict[str, np.ndarray]:
         """Crops of every image.
@@ -221,7 +229,9 @@ class ViewTransform:
         """
         specs, key = self.plan.specs, keys([item.id for item in items])
         views = [np.empty((len(items), spec.size_px, spec.size_px, 3), np.uint8) for spec in specs]
-        draws = uniforms(seed=self.plan.seed, epoch=epoch, keys=key, streams=crop_streams(range(len(specs))), count=_DRAWS)
+        draws = uniforms(
+            seed=self.plan.seed, epoch=epoch, keys=key, streams=crop_streams(range(len(specs))), count=_DRAWS
+        )
         for index, item in enumerate(items):
             self._render(item.data, draws[index].tolist(), [view[index] for view in views])
         return {**{f"view_{number}": view for number, view in enumerate(views)}, "key": key}
