@@ -21,9 +21,15 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args, get_origin
 
+from eagleray.assure.charts import Bar, Bars, Curve, Curves, Heatmap, Histogram, Line
 from eagleray.core.errors import ArtifactError
 
-SCHEMA = 1
+__all__ = [
+    *("Bar", "Bars", "Block", "Code", "Curve", "Curves", "Heatmap", "Histogram", "Line", "Report", "Sheet", "Table"),
+    *("Text", "Tile", "Total", "Totals", "Verdict"),
+]
+
+SCHEMA = 2  # 2: heatmap, curves, decimals of a table
 
 Cell: TypeAlias = str | int | float | None
 
@@ -90,6 +96,7 @@ class Table:
         note: A line under the heading.
         code_columns: Indices of columns set in a fixed-width face (digests, paths).
         is_folded: Whether the page shows it closed at first.
+        decimals: Digits after the point of every number that is no int; None: as many as each needs.
     """
 
     title: str
@@ -98,90 +105,11 @@ class Table:
     note: str = ""
     code_columns: tuple[int, ...] = ()
     is_folded: bool = False
+    decimals: int | None = None
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
             raise ValueError(f"table {self.title!r}: a row has not {len(self.columns)} cells")
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar: ``label`` is shown, ``key`` (an id) is shown small beside it; ``value`` >= 0."""
-
-    label: str
-    value: float
-    key: str = ""
-
-
-@dataclass(frozen=True)
-class Bars:
-    """A bar for each name, largest first or in the order that means something.
-
-    Attributes:
-        title: Heading.
-        bars: The bars.
-        unit: What a value counts, e.g. "images".
-        whole: What 100 % is; None shows no shares.
-        note: A line under the heading.
-    """
-
-    title: str
-    bars: tuple[Bar, ...]
-    unit: str = ""
-    whole: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts between edges.
-
-    Attributes:
-        title: Heading.
-        edges: n + 1 ascending values.
-        counts: n counts.
-        x_label, y_label: Axes.
-        note: A line under the heading.
-    """
-
-    title: str
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    x_label: str = ""
-    y_label: str = ""
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.edges) != len(self.counts) + 1 or list(self.edges) != sorted(self.edges) or not self.counts:
-            raise ValueError(f"histogram {self.title!r}: {len(self.counts)} counts need one more edge, ascending")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A value over another.
-
-    Attributes:
-        title: Heading.
-        points: (x, y) pairs, x ascending.
-        x_label, y_label: Axes.
-        x_unit: "s" shows x as a duration; "" as a number.
-        reference: A level drawn across (a mean, a limit), or None.
-        reference_label: What that level is.
-        note: A line under the heading.
-    """
-
-    title: str
-    points: tuple[tuple[float, float], ...]
-    x_label: str = ""
-    y_label: str = ""
-    x_unit: str = ""
-    reference: float | None = None
-    reference_label: str = ""
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if [x for x, _ in self.points] != sorted(x for x, _ in self.points):
-            raise ValueError(f"line {self.title!r}: x does not ascend")
 
 
 @dataclass(frozen=True)
@@ -235,7 +163,7 @@ class Text:
     title: str = ""
 
 
-Block: TypeAlias = Totals | Table | Bars | Histogram | Line | Sheet | Code | Text
+Block: TypeAlias = Totals | Table | Bars | Histogram | Line | Curves | Heatmap | Sheet | Code | Text
 KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in get_args(Block)}
 
 

@@ -35,7 +35,7 @@ from eagleray.infer.runtimes import RUNTIMES
 from eagleray.infer.scoring import ScoreSettings
 from eagleray.vision.bundle import ModelBundle, load_bundle
 from eagleray.vision.images import Limits
-from eagleray.vision.inputs import FrozenInput, freeze_corpus, freeze_listing
+from eagleray.vision.inputs import FrozenInput, Selection, freeze_corpus, freeze_listing
 
 WORKER = "eagleray.infer.scoring:ShardScorer"
 CPU_DECODE_THREADS = 2  # of a worker that owns one core: they read ahead while the engine runs
@@ -123,11 +123,14 @@ class Plan:
         return Path(self.config.out)
 
 
-def run(config: ScoreConfig, *, is_quiet: bool = False, is_live: bool | None = None) -> dict[str, Any]:
+def run(
+    config: ScoreConfig, *, selection: Selection | None = None, is_quiet: bool = False, is_live: bool | None = None
+) -> dict[str, Any]:
     """Scores, or resumes, or finds that there is nothing to do.
 
     Args:
         config: The run.
+        selection: Only these images of the corpus that ``config.source`` is.
         is_quiet: No progress and no notes on stderr.
         is_live: A live line (True), log lines (False), or by whether stderr is a terminal.
 
@@ -150,7 +153,7 @@ def run(config: ScoreConfig, *, is_quiet: bool = False, is_live: bool | None = N
     root = storage.make_folder(config.out)
     with storage.only_writer(root / ".lock", what=str(root)):
         previous = score_outputs.read_run(root)
-        frozen = _freeze(config, root, note)
+        frozen = _freeze(config, root, selection, note)
         plan = _plan(config, bundle, frozen, previous, note)
         _say_what_changed(plan, previous, note)
         ledger = Ledger(root, plan.key).open()
@@ -181,14 +184,14 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _freeze(config: ScoreConfig, root: Path, note: Any) -> FrozenInput:
+def _freeze(config: ScoreConfig, root: Path, selection: Selection | None, note: Any) -> FrozenInput:
     """Freezes the input: a corpus as it is, what can be read in place by a listing, the rest by an ingest first."""
     from eagleray.vision import sources
     from eagleray.vision.corpus import is_corpus, open_corpus
 
     home = root / "input"
     if is_corpus(config.source):
-        return freeze_corpus(open_corpus(config.source), home)
+        return freeze_corpus(open_corpus(config.source), home, selection)
     if sources.is_random_access(config.source):
         return freeze_listing(sources.absolute(config.source), sources.list_items(config.source), home)
     from eagleray.flows import ingest

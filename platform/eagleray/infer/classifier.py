@@ -138,6 +138,8 @@ class Classifier:
             )
         if self.bundle.output == "probabilities":
             return Inference(outputs.logits, outputs.embedding)
+        if self.bundle.output == "multi_label_logits":
+            return Inference(sigmoid(outputs.logits), outputs.embedding)
         return Inference(softmax(outputs.logits), outputs.embedding)
 
     def predictions(self, probabilities: Float32, embedding: Float32 | None = None) -> list[Prediction]:
@@ -192,6 +194,12 @@ def softmax(logits: Float32) -> Float32:
     """Probabilities of logits, float32 (N, C), along the last axis; the largest logit is taken off first."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
+
+
+def sigmoid(logits: Float32) -> Float32:
+    """Probabilities of logits, each for itself; float32, any shape; no overflow at either end."""
+    small = np.exp(-np.abs(logits))
+    return np.asarray(np.where(logits >= 0, 1.0, small) / (1.0 + small), np.float32)
 
 
 def top_k(probabilities: Float32, k: int) -> tuple[np.ndarray, Float32]:

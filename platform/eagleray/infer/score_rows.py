@@ -111,7 +111,7 @@ class UnitRows:
                 expected=f"{unit['images']}, as when the run began",
                 fix="ingest the source again into a new corpus",
             )
-        if unit["kind"] == "corpus":
+        if unit["kind"] == "corpus" and not unit.get("keep"):  # of a selection each image counts once
             more = [(at, uri) for at, name in enumerate(table["id"].to_pylist()) for uri in duplicates.uris(name)]
             uris = uris + [uri for _, uri in more]
             positions = np.concatenate([positions, np.array([at for at, _ in more], dtype=np.int64)])
@@ -138,13 +138,27 @@ def _read_groups(unit: Mapping[str, Any]) -> pa.Table:
     try:
         with pq.ParquetFile(unit["path"]) as file:
             groups = range(unit["first_group"], unit["first_group"] + unit["num_groups"])
-            return file.read_row_groups(groups, columns=columns)
+            if not unit.get("keep"):
+                return file.read_row_groups(groups, columns=columns)
+            return pa.concat_tables(_kept(file, groups, bytes.fromhex(unit["keep"]), columns))
     except (OSError, pa.ArrowException, IndexError) as error:
         raise ArtifactError(
             f"{unit['path']} cannot be read: {str(error).splitlines()[0]}",
             expected="the shard as its corpus' manifest lists it",
             fix="ingest the source again into a new corpus",
         ) from error
+
+
+def _kept(file: pq.ParquetFile, groups: range, packed: bytes, columns: list[str]) -> Iterator[pa.Table]:
+    """The rows whose bit is set; one row group is held at a time, those without any are not read."""
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8)).astype(bool)
+    at = 0
+    for group in groups:
+        rows = file.metadata.row_group(group).num_rows
+        here = bits[at : at + rows]
+        at += rows
+        if here.any():
+            yield file.read_row_group(group, columns=columns).filter(pa.array(here))
 
 
 class Answers:

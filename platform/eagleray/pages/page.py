@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagleray import __version__
-from eagleray.assure.report import Bars, Block, Histogram, Line, Report, Table
+from eagleray.assure.report import Bars, Block, Curves, Heatmap, Histogram, Line, Report, Table
 from eagleray.core.storage import write_atomic
 from eagleray.pages import plots, sheets, wording
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
+BAR_PX, PLOT_PX, HEAD_PX = 25, 300, 110  # heights in style.html.j2; a heading with its note and the gap below
 LONGEST_TITLE = 4096  # of a uri's full text on hover; a name of a million characters would only make the page heavy
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -74,7 +75,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    draw: dict[type, Callable[[Any], str]] = {Bars: plots.bars, Histogram: plots.histogram, Line: plots.line}
+    draw: dict[type, Callable[[Any], str]] = {
+        Bars: plots.bars,
+        Histogram: plots.histogram,
+        Line: plots.line,
+        Curves: plots.curves,
+        Heatmap: plots.heatmap,
+    }
     environment.filters.update(
         visible=wording.visible,
         lines=lambda text: wording.visible(text, keep="\n"),
@@ -93,18 +100,27 @@ def _environment() -> Environment:
 
 
 def _stacks(charts: Sequence[Block]) -> list[list[Block]]:
-    """The two columns of charts: names on the left, curves on the right; of one sort only, they alternate."""
+    """The two columns of charts: names on the left, curves on the right until it is the longer column; of one sort
+    only, they alternate.
+    """
     named = [chart for chart in charts if isinstance(chart, Bars)]
     drawn = [chart for chart in charts if not isinstance(chart, Bars)]
-    columns = (named, drawn) if named and drawn else (charts[::2], charts[1::2])
-    return [list(column) for column in columns if column]
+    if not (named and drawn):
+        return [list(column) for column in (charts[::2], charts[1::2]) if column]
+    columns: tuple[list[Block], list[Block]] = (list(named), [])
+    heights = [sum(HEAD_PX + BAR_PX * len(block.bars) for block in named), 0]
+    for chart in drawn:
+        side = int(heights[1] <= heights[0])
+        columns[side].append(chart)
+        heights[side] += HEAD_PX + PLOT_PX
+    return list(columns)
 
 
 def _groups(blocks: Sequence[Block]) -> Iterator[tuple[str, list[Any]]]:
     """Blocks that are shown together: charts beside each other, folded tables one under the other."""
 
     def name(block: Block) -> str:
-        if isinstance(block, Bars | Histogram | Line):
+        if isinstance(block, Bars | Histogram | Line | Curves):
             return "charts"
         return "folded" if isinstance(block, Table) and block.is_folded else "plain"
 

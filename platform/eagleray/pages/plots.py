@@ -15,10 +15,12 @@ from html import escape
 from itertools import pairwise
 
 from eagleray.assure import phrases
-from eagleray.assure.report import Bars, Histogram, Line
+from eagleray.assure.report import Bars, Curve, Curves, Heatmap, Histogram, Line
 from eagleray.pages import wording
 
 NUM_TICKS = 5
+FULL = 0.6  # a cell as dark as that carries light text: contrast of 4.5 in both schemes
+FEW_COLUMNS = 14  # of a heatmap: so few have room for large cells
 CHAR_PX = 7  # of a digit at the axis' 12 px, for the room to the left of the y axis
 SECOND_STEPS = (1, 2, 5, 10, 15, 20, 30, 60)
 MINUTE_STEPS = tuple(60 * step for step in (1, 2, 5, 10, 15, 20, 30, 60))
@@ -102,6 +104,93 @@ def line(block: Line) -> str:
     return _frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
 
 
+def curves(block: Curves) -> str:
+    """Lines over common axes, told apart by colour and by dashes, with a legend above where there are several."""
+    points = [point for curve in block.curves for point in curve.points]
+    if not points:
+        return '<p class="soft">Nothing to draw.</p>'
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    first, last = (0.0, 1.0) if block.is_unit else (min(xs), max(xs))
+    span = (last - first) or 1.0
+    ticks = [index / NUM_TICKS for index in range(NUM_TICKS + 1)] if block.is_unit else _ticks(min(0.0, *ys), max(ys))
+    low, high = ticks[0], ticks[-1]
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        return 100 * (point[0] - first) / span, 100 - 100 * (point[1] - low) / (high - low)
+
+    diagonal = '<line class="level" x1="0" y1="100%" x2="100%" y2="0"/>' if block.has_diagonal else ""
+    lines, dots = [], []
+    for index, curve in enumerate(block.curves):
+        at = [place(point) for point in curve.points]
+        shape = " ".join(f"{10 * x:.1f},{10 * y:.1f}" for x, y in at)
+        lines.append(f'<polyline class="stroke s{index}" points="{shape}"/>')
+        for (x, y), point in zip(at, curve.points, strict=True) if block.has_marks else ():
+            told = f"{curve.label}: {_edge(point[0])}, {wording.number(point[1], 3)}"
+            title = f"<title>{escape(wording.visible(told))}</title>"
+            dots.append(f'<circle class="dot s{index}" cx="{x:.2f}%" cy="{y:.2f}%" r="3.500">{title}</circle>')
+    marks = (
+        f'{diagonal}<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
+        f'overflow="visible">{"".join(lines)}</svg>{"".join(dots)}'
+    )
+    x_ticks = [(100 * (tick - first) / span, _edge(tick)) for tick in _inner_ticks(first, last)]
+    ends = "; ".join(
+        f"{curve.label} ends at {wording.number(curve.points[-1][1], 3)}" for curve in block.curves if curve.points
+    )
+    told = f"{block.title}: {block.y_label} over {block.x_label}; {ends}"
+    return _legend(block.curves) + _frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
+
+
+def _legend(shown: Sequence[Curve]) -> str:
+    if len(shown) < 2:
+        return ""
+    items = "".join(
+        f'<li><svg viewBox="0 0 26 8" aria-hidden="true"><path class="stroke s{index}" d="M0 4h26"/></svg>'
+        f"<bdi>{escape(wording.shorten(wording.visible(curve.label), 48))}</bdi></li>"
+        for index, curve in enumerate(shown)
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def heatmap(block: Heatmap) -> str:
+    """A real table, each cell shaded by the root of its share of its row, so that a few percent show; where rows and
+    columns are the same, the diagonal is of the main colour and what lies beside it of another.
+    """
+    is_square = block.rows == block.columns
+    heads = "".join(
+        f'<th scope="col" title="{escape(wording.visible(name))}">'
+        f"<span>{escape(wording.shorten(wording.visible(name), 24))}</span></th>"
+        for name in block.columns
+    )
+    rows = []
+    for at, (name, counts) in enumerate(zip(block.rows, block.counts, strict=True)):
+        whole = sum(counts) or 1
+        label = wording.visible(name)
+        cells = [
+            _cell(count, count / whole, f"{label} / {wording.visible(column)}: {count:,}", is_square and at != index)
+            for index, (count, column) in enumerate(zip(counts, block.columns, strict=True))
+        ]
+        head = f'<th scope="row" title="{escape(label)}"><bdi>{escape(wording.shorten(label, 32))}</bdi></th>'
+        rows.append(f"<tr>{head}{''.join(cells)}</tr>")
+    row_label, column_label, title = (
+        escape(wording.visible(text)) for text in (block.row_label, block.column_label, block.title)
+    )
+    return (
+        f'<div class="scroll"><table class="heat{" large" if len(block.columns) <= FEW_COLUMNS else ""}"><caption class="unseen">{title}</caption><thead>'
+        f'<tr class="over"><td></td><th colspan="{max(1, len(block.columns))}">{column_label}</th></tr>'
+        f'<tr><td class="corner">{row_label}</td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _cell(count: int, share: float, told: str, is_beside: bool) -> str:
+    if not count:
+        return "<td></td>"
+    depth = max(share**0.5, 0.12)
+    kind = f"{' beside' if is_beside else ''}{' full' if depth > FULL else ''}".strip()
+    css = f' class="{kind}"' if kind else ""
+    shade = f'<i style="opacity:{depth:.3f}"></i>'
+    return f'<td{css} title="{escape(told)}">{shade}<b>{escape(wording.number(count))}</b></td>'
+
+
 def _level_label(label: str, y: float, at_start: float, at_end: float) -> str:
     """The text of a reference level, at the end and on the side where the line is farther away."""
     is_left = abs(at_start) > abs(at_end)
@@ -125,6 +214,12 @@ def nice_ticks(top: float, *, is_count: bool = False) -> list[float]:
     if is_count and step != int(step):
         step = float(math.ceil(step))
     return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values that enclose ``low`` (<= 0) to ``high``."""
+    step = nice_ticks(high - low)[1]
+    return [step * index for index in range(math.floor(low / step + 1e-9), max(1, math.ceil(high / step - 1e-9)) + 1)]
 
 
 def time_ticks(last_s: float) -> list[tuple[float, str]]:
@@ -158,13 +253,13 @@ def _frame(
     marks: str, told: str, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[float], labels: tuple[str, str]
 ) -> str:
     """Axes, ticks and labels around marks that fill 0 to 100 % both ways."""
-    y_texts = [wording.axis_number(tick, y_ticks[1]) for tick in y_ticks]
+    y_texts = [wording.axis_number(tick, y_ticks[1] - y_ticks[0]) for tick in y_ticks]
     room = 12 + CHAR_PX * max(len(text) for text in y_texts)
     parts = [
         f'<svg class="plot" role="img" aria-label="{escape(wording.visible(told))}" style="padding-left:{room}px">'
     ]
     for tick, text in zip(y_ticks, y_texts, strict=True):
-        y = 100 - 100 * tick / y_ticks[-1]
+        y = 100 - 100 * (tick - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         kind = "axis" if tick == 0 else "grid"
         parts.append(f'<line class="{kind}" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>')
         parts.append(f'<text x="0" dx="-8" y="{y:.2f}%" dy="4" text-anchor="end">{text}</text>')

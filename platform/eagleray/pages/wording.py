@@ -62,14 +62,21 @@ def ends(text: str, tail: int = 9) -> tuple[str, str]:
     return (text, "") if len(text) <= 2 * tail else (text[:-tail], text[-tail:])
 
 
-def number(value: str | int | float | None) -> str:
-    """A number with thousands separators; text as it stands; nothing as a dash."""
+def number(value: str | int | float | None, decimals: int | None = None) -> str:
+    """A number with thousands separators; text as it stands; nothing as a dash.
+
+    Args:
+        value: What.
+        decimals: Digits after the point of what is no int; None: as many as it needs.
+    """
     if value is None:
         return "–"
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, int):
         return f"{value:,}"
+    if decimals is not None:
+        return f"{value:,.{decimals}f}"
     if value.is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from eagleray.core.config import digest_json
 from eagleray.core.errors import ArtifactError, ConfigError, EagleError, storage_error
@@ -38,7 +38,7 @@ TIMM_CONFIG = "config.json"
 WEIGHT_FILES = (ONNX, SAFETENSORS)
 FOREIGN = "onnx"  # the architecture of a bundle that was imported from an ONNX file
 
-Output = Literal["logits", "probabilities"]
+Output = Literal["logits", "multi_label_logits", "probabilities"]
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -50,7 +50,8 @@ class ModelBundle:
         architecture: A timm architecture, or "onnx" for a foreign graph.
         labels: One label for each output, in order.
         image_spec: The one definition of preprocessing.
-        output: What the model's first output is: "logits" or "probabilities".
+        output: What the model's first output is: "logits" (of one label: softmax), "multi_label_logits" (each label for
+            itself: sigmoid) or "probabilities".
         embedding_dim: Width of the "embedding" output; None when there is none.
         policy: Thresholds, when they have been found.
         model_args: Arguments of timm.create_model besides num_classes.
@@ -80,8 +81,8 @@ class ModelBundle:
         if len(set(ids)) != len(ids):
             twice = sorted({label for label in ids if ids.count(label) > 1})
             faults.append(f"{len(twice)} label ids stand twice: {', '.join(twice[:3])}")
-        if self.output not in ("logits", "probabilities"):
-            faults.append(f"output {self.output!r} is neither logits nor probabilities")
+        if self.output not in get_args(Output):
+            faults.append(f"output {self.output!r} is none of {', '.join(get_args(Output))}")
         faults += [f"{name!r} is not a plain file name" for name in self.files if not _FILE_NAME.fullmatch(name)]
         if faults:
             raise ArtifactError(f"not a model bundle: {'; '.join(faults)}", expected="one label id for each output")

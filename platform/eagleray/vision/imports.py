@@ -57,7 +57,7 @@ class ImportConfig(Config):
     crop_mode: Literal["center", "squash", "border"] | None = None
     color: Literal["rgb", "bgr"] | None = None
     value_range: tuple[float, float] | None = None
-    output: Literal["logits", "probabilities"] | None = None
+    output: Literal["logits", "multi_label_logits", "probabilities"] | None = None
     weights: str | None = None
     num_classes: int | None = Field(None, ge=1)
 

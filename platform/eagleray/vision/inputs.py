@@ -1,6 +1,7 @@
 """The frozen input of a scoring run: what is to be scored, cut into units that stay the same over every resume.
 
-A corpus is cut by row groups of its shards. A source that can be read in place (folder, zip, tar, listing) is listed
+A corpus is cut by row groups of its shards; a Selection of it (a split) into units of the rows that it keeps, without a
+copy of any image. A source that can be read in place (folder, zip, tar, listing) is listed
 once into Parquet under ``DIR/input`` and scored without a copy. A later run lists again: items that are as they were
 keep their unit and their scores, new and changed ones get new units, vanished ones are dropped and reported.
 
@@ -46,6 +47,7 @@ UNITS_SCHEMA = pa.schema(
         ("num_groups", pa.int32()),
         ("images", pa.int64()),
         ("derived_from", pa.string()),
+        ("keep", pa.string()),  # one bit a row, packed, in hex: 1 = of the unit; empty = every row
     ]
 )
 
@@ -104,37 +106,73 @@ def unit_sizes(already: int, num_items: int, *, is_last: bool) -> list[int]:
     return sizes
 
 
-def freeze_corpus(corpus: ShardManifest, home: Path) -> FrozenInput:
+@dataclass(frozen=True)
+class Selection:
+    """Some images of a corpus: a split.
+
+    Attributes:
+        keep: bool (N,): whether an image is chosen, in the order of the corpus' shards and their rows.
+    """
+
+    keep: np.ndarray
+
+    @property
+    def images(self) -> int:
+        """How many are chosen."""
+        return int(self.keep.sum())
+
+    @property
+    def digest(self) -> str:
+        """Of the choice."""
+        return hashlib.sha256(len(self.keep).to_bytes(8, "big") + np.packbits(self.keep).tobytes()).hexdigest()
+
+
+def freeze_corpus(corpus: ShardManifest, home: Path, selection: Selection | None = None) -> FrozenInput:
     """Cuts a corpus into units by row groups; what its ingest had quarantined is one more unit.
 
     Args:
         corpus: An opened corpus.
         home: ``DIR/input``.
+        selection: Only these images; each counts once, under the uri that the corpus kept, and nothing is set aside.
     """
     source = str(Path(corpus.path).resolve())
+    digest = digest_json([corpus.digest, selection.digest]) if selection else corpus.digest
     previous = _read_head(home, source)
-    if previous and previous["digest"] == corpus.digest:
+    if previous and previous["digest"] == digest:
         return _frozen(home, previous, {"new": 0, "changed": 0, "vanished": 0})
-    units: list[dict[str, Any]] = []
-    already = 0
-    for shard in corpus.shards:
-        path = Path(corpus.path) / shard["path"]
-        groups = [_rows_of(path, group) for group in range(_num_groups(path))]
-        first = 0
-        while first < len(groups):
-            last, images = first, 0
-            while last < len(groups) and (images == 0 or images + groups[last] <= unit_images(already)):
-                images += groups[last]
-                last += 1
-            name = digest_json([shard["sha256"], first, last])[:24]
-            units.append(_unit(name, "corpus", str(path), first, last - first, images, ""))
-            first, already = last, already + images
-    if corpus.quarantined:
+    if selection and len(selection.keep) != corpus.images:
+        raise ValueError(f"a selection of {len(selection.keep)} images does not fit a corpus of {corpus.images}")
+    units = list(_corpus_units(corpus, selection))
+    if corpus.quarantined and selection is None:
         path = Path(corpus.path) / "quarantine.parquet"
         name = digest_json(["set_aside", storage.sha256_file(path)])[:24]
-        units.append(_unit(name, "set_aside", str(path), 0, _num_groups(path), corpus.quarantined, ""))
-    head = {"source": source, "kind": "corpus", "digest": corpus.digest, "images_in": corpus.uris_in}
+        units.append(_unit(name, "set_aside", str(path), 0, len(_group_rows(path)), corpus.quarantined, "", ""))
+    images_in = selection.images if selection else corpus.uris_in
+    head = {"source": source, "kind": "corpus", "digest": digest, "images_in": images_in}
     return _publish(home, head, units, generation=0, changes={"new": 0, "changed": 0, "vanished": 0})
+
+
+def _corpus_units(corpus: ShardManifest, selection: Selection | None) -> Iterator[dict[str, Any]]:
+    """Runs of row groups with at most ``unit_images`` images to score; none where nothing is chosen."""
+    already = start = 0
+    for shard in corpus.shards:
+        path = Path(corpus.path) / shard["path"]
+        rows = _group_rows(path)
+        edges = [start, *(start + edge for edge in itertools.accumulate(rows))]
+        start = edges[-1]
+        keeps = [selection.keep[a:b] for a, b in itertools.pairwise(edges)] if selection else None
+        wanted = [int(keep.sum()) for keep in keeps] if keeps is not None else rows
+        first = 0
+        while first < len(rows):
+            last, images = first, 0
+            while last < len(rows) and (images == 0 or images + wanted[last] <= unit_images(already)):
+                images += wanted[last]
+                last += 1
+            if images:
+                keep = np.packbits(np.concatenate(keeps[first:last])).tobytes().hex() if keeps is not None else ""
+                name = digest_json([shard["sha256"], first, last, *([keep] if keep else [])])[:24]
+                yield _unit(name, "corpus", str(path), first, last - first, images, "", keep)
+            first, already = last, already + images
 
 
 def freeze_listing(source: str, batches: Iterable[pa.RecordBatch], home: Path) -> FrozenInput:
@@ -222,7 +260,7 @@ class _Cutter:
             for group, (piece, ancestor) in enumerate(zip(pieces, derived_from, strict=True)):
                 writer.write_table(piece, row_group_size=max(1, piece.num_rows))
                 name = hashlib.blake2b(b"".join(_fingerprints(piece).to_pylist()), digest_size=12).hexdigest()
-                units.append(_unit(name, "listing", path.name, group, 1, piece.num_rows, ancestor))
+                units.append(_unit(name, "listing", path.name, group, 1, piece.num_rows, ancestor, ""))
         storage.publish_file(aside, path)
         return units
 
@@ -312,14 +350,10 @@ def _unit(*values: str | int) -> dict[str, Any]:
     return dict(zip(UNITS_SCHEMA.names, values, strict=True))
 
 
-def _num_groups(path: Path) -> int:
+def _group_rows(path: Path) -> list[int]:
+    """Rows of each row group."""
     with pq.ParquetFile(path) as file:
-        return int(file.metadata.num_row_groups)
-
-
-def _rows_of(path: Path, group: int) -> int:
-    with pq.ParquetFile(path) as file:
-        return int(file.metadata.row_group(group).num_rows)
+        return [int(file.metadata.row_group(group).num_rows) for group in range(file.metadata.num_row_groups)]
 
 
 def _read_head(home: Path, source: str) -> dict[str, Any] | None:
