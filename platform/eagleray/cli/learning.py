@@ -41,7 +41,9 @@ Resume = Annotated[
 def pretrain(
     *,
     corpus: Corpus = None,
-    method: Annotated[str | None, typer.Option("--method", metavar="NAME", help="simclr, byol or dino.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="NAME", help="simclr (default), byol or dino.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", metavar="NAME", help="A timm architecture.")] = None,
     out: OutBundle = None,
     epochs: Epochs = None,

@@ -152,9 +152,7 @@ def _step_to(
     from eagleray.learn.training import Hooks, train
 
     index = chosen.index
-    task = HeadTask(
-        features, finetune.classification(config), class_counts=index.class_counts, seed=config.seed
-    )
+    task = HeadTask(features, finetune.classification(config), class_counts=index.class_counts, seed=config.seed)
     repeats = BalancedSampler(index.first_targets, seed=config.seed)(0) if config.balance == "sampler" else None
     targets = _targets(config, chosen)
     arrays = {"features": features, "labels" if config.is_multi_label else "target": targets}
@@ -163,7 +161,14 @@ def _step_to(
     def report(report: Any) -> None:
         append_line(
             run.folder.metrics,
-            {**report.to_json(), "figures": {}, "line": report.line(), "world_size": 1, "attempt": 0, "at": time.time()},
+            {
+                **report.to_json(),
+                "figures": {},
+                "line": report.line(),
+                "world_size": 1,
+                "attempt": 0,
+                "at": time.time(),
+            },
         )
         run.line.show(report.line())
 

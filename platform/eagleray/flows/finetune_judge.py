@@ -1,4 +1,4 @@
-"""What a fine-tuned bundle is worth on a split that it was not trained on, for its page: `evaluate`, as anybody runs it.
+"""What a fine-tuned bundle is worth on a split it was not trained on, for its page: `evaluate`, as anybody runs it.
 
 Example:
     >>> judge(run, config, chosen)["evaluation"]["top1"]

@@ -42,7 +42,7 @@ class PretrainConfig(TrainingConfig):
         batch_size: Of the default for small machines; methods that contrast a batch with itself gain by a larger one.
     """
 
-    method: str
+    method: str = "simclr"
     backbone: str = Field(min_length=1)
     is_pretrained: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -108,7 +108,9 @@ def make_work(config: PretrainConfig) -> Work:
     chosen = choose(config)
     backbone, width, size_px = make_backbone(config)
     method_config = config.method_config()
-    method = _seeded(config.seed, lambda: resolve(METHODS, config.method, what="method")(backbone, width, method_config))
+    method = _seeded(
+        config.seed, lambda: resolve(METHODS, config.method, what="method")(backbone, width, method_config)
+    )
     plan = method.plan(size_px).model_copy(update={"seed": config.seed})
     watch = PretrainingWatch(
         plan,
@@ -154,8 +156,8 @@ def make_bundle(config: PretrainConfig, state: Mapping[str, Any]) -> Made:
 
     import torch
 
-    from eagleray.flows.training_run import Made
     from eagleray.flows.training_data import choose
+    from eagleray.flows.training_run import Made
     from eagleray.learn.selfsup.views import IMAGENET_MEAN, IMAGENET_STD
     from eagleray.vision import backbones
 

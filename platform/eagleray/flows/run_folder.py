@@ -95,7 +95,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ArtifactError(f"{self.root}/run.json is not JSON", expected="as written", fix="use a new --out") from error
+            raise ArtifactError(
+                f"{self.root}/run.json is not JSON", expected="as written", fix="use a new --out"
+            ) from error
         return run
 
     def enter(self) -> int:

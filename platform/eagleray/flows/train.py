@@ -1,4 +1,4 @@
-"""A training run from command to bundle: enter the run's folder, train in this process or on Ray Train, save the bundle.
+"""A training run from command to bundle: enter the run's folder, train here or on Ray Train, save the bundle.
 
 Whatever ends a run early, the same command goes on from the newest good checkpoint. Ctrl-C, SIGTERM and a preemption
 notice make a checkpoint first. Where Ray Train's controller dies, which it does not survive, the flow connects anew and
@@ -129,9 +129,7 @@ def train(run: Run, work: Work) -> dict[str, Any]:
         from eagleray.flows.ray_feed import ray_batches
 
         with runtime.cluster(config.address):
-            return run_worker(
-                run.spec(), Seat(device=device), is_stopped=is_asked, tell=tell, make_batches=ray_batches
-            )
+            return run_worker(run.spec(), Seat(device=device), is_stopped=is_asked, tell=tell, make_batches=ray_batches)
 
 
 def _check_device(device: str) -> None:
@@ -165,4 +163,4 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler if callable(handler) or handler is not None else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -11,11 +11,12 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from eagleray.core.config import Config
 from eagleray.flows.pool import cores
@@ -123,6 +124,20 @@ class TrainingConfig(Config):
             raise ValueError("a number from 0, or the fewest (from 1) and the most, e.g. 1,4")
         return value
 
+    @model_validator(mode="after")
+    def _divides(self) -> TrainingConfig:
+        """Every world size that the run may have gets whole shares of a batch: found now, not at a resize."""
+        low, high = self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+        parts = math.lcm(*range(max(1, low), high + 1)) * self.accumulation if high else self.accumulation
+        if self.batch_size % parts:
+            near = max(1, round(self.batch_size / parts)) * parts
+            shares = f"{low} to {high} workers" if low < high else f"{max(1, high)} workers"
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide among {shares} x {self.accumulation} accumulations; "
+                f"give a multiple of {parts}, e.g. {near}"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         """Where the run leaves what is not the bundle."""
@@ -144,7 +159,7 @@ class TrainingConfig(Config):
 
 
 def absolute(config: TrainingConfig) -> dict[str, Any]:
-    """The config as JSON values with its local paths absolute: Ray Train's workers have a working folder of their own."""
+    """The config as JSON values, local paths absolute: Ray Train's workers have a working folder of their own."""
     values = config.model_dump(mode="json")
     values["run_dir"] = str(config.run_folder.resolve())
     for name in ("corpus", "out", "parent"):

@@ -58,7 +58,11 @@ class Chosen:
 
 
 def choose(
-    config: TrainingConfig, *, labels: Sequence[str] | None = None, needs_classes: bool = False, is_allowed: bool = False
+    config: TrainingConfig,
+    *,
+    labels: Sequence[str] | None = None,
+    needs_classes: bool = False,
+    is_allowed: bool = False,
 ) -> Chosen:
     """Opens a corpus and takes the images of the split that the config names.
 

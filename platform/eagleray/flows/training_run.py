@@ -115,7 +115,9 @@ def _refuse_occupied(config: TrainingConfig) -> None:
             f"{out} is not empty and no bundle of this run", expected="a new folder", fix="give another --out"
         )
     if config.resume == "never":
-        raise ConfigError(f"{out} holds a bundle", expected="a new folder with --resume never", fix="give another --out")
+        raise ConfigError(
+            f"{out} holds a bundle", expected="a new folder with --resume never", fix="give another --out"
+        )
 
 
 def command_line() -> str:
@@ -123,5 +125,3 @@ def command_line() -> str:
     if sys.argv and sys.argv[0].endswith(".py") and "eagleray/cli" not in sys.argv[0]:
         return shlex.join(["python", *sys.argv])
     return shlex.join(["eagleray", *sys.argv[1:]])
-
-

@@ -75,6 +75,4 @@ class Work:
             ConfigError: The batch does not divide among the workers.
             DataError: There are fewer images than a batch has.
         """
-        return Batches(
-            self.index, self.transform, self.feed, rank=rank, world_size=world_size, sampler=self.sampler
-        )
+        return Batches(self.index, self.transform, self.feed, rank=rank, world_size=world_size, sampler=self.sampler)
