@@ -104,6 +104,17 @@ def test_single_images_are_those_of_the_shard(corpus: ShardManifest) -> None:
                 assert images.read(shard["path"], row) == table["image"][row].as_py()
 
 
+def test_an_image_of_our_shards_is_one_read_of_its_own_bytes(
+    corpus: ShardManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise AssertionError("a whole row group was read")
+
+    monkeypatch.setattr("eagleray.vision.shard_images._Shard._read_by_arrow", refuse)
+    with ShardImages(corpus.path) as images:
+        assert all(images.read(shard["path"], row) for shard in corpus.shards for row in range(shard["rows"]))
+
+
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}, {"use_dictionary": True}, {"data_page_size": 64}])
 def test_images_of_a_shard_that_others_wrote_are_the_same(
     corpus: ShardManifest, tmp_path: Path, options: dict[str, object]

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from eagleray.core.errors import CapabilityError, DataError
+from eagleray.core.storage import sha256_bytes
+from eagleray.flows import score
+from eagleray.infer.export import export_onnx
 from eagleray.learn.classification import HeadTask
-from eagleray.learn.features import ArrayBatches
+from eagleray.learn.corpus_index import build_index
+from eagleray.learn.features import ArrayBatches, read_features
 from eagleray.learn.feeding import FeedSettings
 from eagleray.learn.head import HeadSettings, fit_head, make_folds, put_head
 from eagleray.learn.optimization import OptimizerSettings
 from eagleray.learn.supervision import ClassificationSettings
 from eagleray.learn.training import TrainSettings, train
-from eagleray.vision import backbones
+from eagleray.vision import backbones, images
+from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle, save_bundle
+from eagleray.vision.corpus import ShardManifest, open_corpus
+from eagleray.vision.prediction import Label
+from eagleray.vision.state_dicts import to_safetensors
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
+from tests.source_makers import ingest_here, make_folder
+
+__all__ = ["ingest_here"]
 ONE = HeadSettings(c_values=(0.1,))
 
 
@@ -101,6 +115,33 @@ def test_a_last_layer_that_is_not_linear_is_refused() -> None:
     head = fit_head(np.random.default_rng(0).normal(size=(9, 192)), np.arange(9) % 2, ONE, num_classes=2)
     with pytest.raises(CapabilityError, match="not linear over its embedding of 192"):
         put_head(model, head)
+
+
+def test_features_are_the_embeddings_of_a_finished_score_run(
+    tmp_path: Path, make_photo: Callable[..., bytes], ingest_here: Callable[..., ShardManifest]
+) -> None:
+    files = {f"c{n % 3}/{n}.jpg": make_photo(n) for n in range(12)}
+    ingest_here(make_folder(tmp_path, files), tmp_path / "corpus", shard_images=5)
+    torch.manual_seed(0)
+    model = backbones.create(backbones.Backbone(name="test_resnet", num_classes=2))
+    spec = images.ImageSpec(32, 32)
+    width = backbones.embedding_width(model, spec)
+    labels = (Label("a", "a"), Label("b", "b"))
+    draft = ModelBundle(architecture="test_resnet", labels=labels, image_spec=spec, embedding_dim=width)
+    weights = {SAFETENSORS: to_safetensors(model, "tiny"), ONNX: export_onnx(model, draft)}
+    save_bundle(tmp_path / "tiny", draft, weights)  # type: ignore[arg-type]
+    given = {"source": str(tmp_path / "corpus"), "model": str(tmp_path / "tiny"), "has_report": False}
+    score.run(score.ScoreConfig(**given, out=str(tmp_path / "run"), embeddings=True, runtime="onnx"), is_quiet=True)
+    index = build_index(open_corpus(tmp_path / "corpus")).subset(np.array([11, 3, 7, 0]))
+    features = read_features(tmp_path / "run", index)
+    by_id = {sha256_bytes(data): data for data in files.values()}
+    pixels = np.stack([images.decode(by_id[index.id_of(n)], spec) for n in range(4)])
+    with torch.inference_mode():
+        oracle = backbones.logits_and_embedding(model, torch.from_numpy(images.normalize(pixels, spec)))[1].numpy()
+    np.testing.assert_allclose(features, oracle, rtol=2e-3, atol=2e-3)  # kept as float16
+    score.run(score.ScoreConfig(**given, out=str(tmp_path / "bare"), runtime="onnx"), is_quiet=True)
+    with pytest.raises(DataError, match="holds no embeddings"):
+        read_features(tmp_path / "bare", index)
 
 
 def test_features_that_teach_nothing_are_refused() -> None:

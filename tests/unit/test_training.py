@@ -227,8 +227,22 @@ def test_a_batch_too_large_for_the_memory_is_refused_with_the_estimate(monkeypat
 def test_the_estimate_counts_what_the_backward_pass_keeps() -> None:
     batch = {name: torch.from_numpy(value) for name, value in next(Pictures().iterate(Position())).arrays.items()}
     task = Hungry()
-    estimate = memory.estimate_bytes(task, lambda few: task.training_step(few, Progress(0, 1, 0, 1)).loss, batch)
+    estimate = memory.estimate_bytes(task, lambda twin, few: twin.training_step(few, Progress(0, 1, 0, 1)).loss, batch)
     assert 8 * 4 * 2**20 <= estimate <= 8 * 4 * 2**20 * 1.01
+
+
+def test_batches_of_another_size_than_the_learning_rate_is_for_are_refused() -> None:
+    with pytest.raises(ConfigError, match="batches of 4 images, batch_size=8"):
+        run(source=Pictures(batch_size=4))
+
+
+def test_what_is_compiled_is_the_backbone_and_its_names_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, *_, **__: compiled.append(function) or function)
+    whole = run()[1].state["model"]
+    other = run(SETTINGS.model_copy(update={"compiles": True}))[1].state["model"]
+    assert len(compiled) == 1
+    assert same(dict(whole), dict(other))
 
 
 def test_fp16_without_a_gpu_and_parts_that_do_not_divide_are_refused() -> None:

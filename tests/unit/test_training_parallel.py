@@ -44,7 +44,7 @@ class Slices(Pictures):
 
 
 class Plain(Student):
-    """Without dropout and batch statistics, which depend on how a batch is cut; its backbone thaws in the third step."""
+    """No dropout, no batch statistics, which depend on how a batch is cut; the backbone thaws in the third step."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

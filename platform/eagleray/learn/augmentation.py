@@ -201,7 +201,8 @@ OPERATIONS: dict[str, Apply] = {
     "Equalize": lambda image, level, sign: ImageOps.equalize(image),
     "Invert": lambda image, level, sign: ImageOps.invert(image),
     "Rotate": _rotate,
-    "PosterizeIncreasing": lambda image, level, sign: ImageOps.posterize(image, 4 - int(level / MOST * 4)),
+    # at least one bit: timm asks for none at the highest level, which Pillow 13 refuses
+    "PosterizeIncreasing": lambda image, level, sign: ImageOps.posterize(image, max(1, 4 - int(level / MOST * 4))),
     "SolarizeIncreasing": lambda image, level, sign: ImageOps.solarize(image, 256 - min(256, int(level / MOST * 256))),
     "SolarizeAdd": _solarize_add,
     "ColorIncreasing": _enhanced(ImageEnhance.Color),

@@ -55,6 +55,11 @@ class ClassificationTask(nn.Module):  # type: ignore[misc]
         for name, value in zip(("_scale", "_bias"), spec.scale_and_bias, strict=True):  # of the spec: no state
             self.register_buffer(name, torch.from_numpy(value[:, None, None]), persistent=False)
         self._is_frozen: bool | None = None
+        self._run = backbones.logits_and_embedding
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        """Compiles the model's forward pass; the arguments are torch.compile's."""
+        self._run = torch.compile(backbones.logits_and_embedding, *args, **settings)
 
     def before_step(self, progress: Progress) -> None:
         """Freezes or thaws the backbone, as the schedule says."""
@@ -80,7 +85,7 @@ class ClassificationTask(nn.Module):  # type: ignore[misc]
         if mixing.is_on:
             generator = np.random.default_rng([self.settings.seed, progress.step, parallel.rank()])
             x, targets = mix(x, targets, mixing, generator)
-        logits, embedding = backbones.logits_and_embedding(self.backbone, x)
+        logits, embedding = self._run(self.backbone, x)
         logs = {} if mixing.is_on else accuracy(logits, batch)
         return StepOutput(self.loss(logits, targets), logs, embedding.detach())
 

@@ -6,6 +6,7 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -57,20 +58,22 @@ def rows_of(batch: Mapping[str, Any]) -> int:
     return len(value[0] if isinstance(value, list) else value)
 
 
-def estimate_bytes(task: nn.Module, loss: Callable[[Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any]) -> int:
+def estimate_bytes(
+    task: nn.Module, loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any]
+) -> int:
     """What a training step of a batch keeps for its backward pass, from a forward pass of two of its images.
 
     Args:
-        task: What the loss moves (statistics, centres) is put back: its state_dict is all of its state.
-        loss: Of a batch, with its graph.
+        task: It is copied: nothing of its own moves, not a statistic, a teacher or a centre.
+        loss: Of (task, batch), with its graph.
         batch: Tensors whose first axis is the image.
 
     Returns:
         Bytes of saved tensors (those that are no weights), scaled to the batch, and of gradients and two moments.
     """
     few = {name: value[:PROBE_ROWS] for name, value in batch.items()}
-    before = {name: value.detach().clone() for name, value in task.state_dict().items()}
-    weights = {one.untyped_storage().data_ptr() for one in (*task.parameters(), *task.buffers())}
+    twin = copy.deepcopy(task)
+    weights = {one.untyped_storage().data_ptr() for one in (*twin.parameters(), *twin.buffers())}
     kept: dict[int, int] = {}
     held: list[torch.Tensor] = []  # while it is held, no other tensor can have its address
 
@@ -82,9 +85,8 @@ def estimate_bytes(task: nn.Module, loss: Callable[[Mapping[str, Any]], torch.Te
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(few)
+        loss(twin, few)
     held.clear()
-    task.load_state_dict(before)
     moving = sum(one.numel() * one.element_size() for one in task.parameters() if one.requires_grad)
     return sum(kept.values()) * rows_of(batch) // max(1, rows_of(few)) + 3 * moving
 

@@ -5,7 +5,7 @@ Knows no Ray, writes no checkpoint by itself and prints nothing: hooks do. All t
 that was not stopped; with another world size it sees the same global batches.
 
 A task may have, besides what ``task.Task`` says, ``before_step(progress)``: called before every step, also the first
-after a resume, e.g. to freeze and thaw parameters.
+after a resume, e.g. to freeze and thaw parameters. On the CPU it is deep-copied once, to see what a step needs.
 
 Example:
     >>> result = train(task, batches, TrainSettings(epochs=10), hooks=Hooks(on_report=lambda r: log.info(r.line())))
@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,9 +27,10 @@ from pydantic import Field
 from torch import nn
 
 from eagleray.core.config import Config
-from eagleray.core.errors import CapabilityError
+from eagleray.core.errors import CapabilityError, ConfigError
 from eagleray.learn import divergence, memory, parallel
 from eagleray.learn.averaging import Average
+from eagleray.learn.batch_tensors import Tensors, channels_last, on_device, parts
 from eagleray.learn.checkpoints import Checkpoint
 from eagleray.learn.feeding import Batch, BatchSource
 from eagleray.learn.optimization import OptimizerSettings, make_optimizer, set_rates
@@ -39,7 +39,6 @@ from eagleray.learn.reports import Meter, StepReport
 from eagleray.learn.task import Progress, StepOutput, Task
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Tensors = Mapping[str, Any]
 
 
 class TrainSettings(Config):
@@ -54,7 +53,7 @@ class TrainSettings(Config):
         clip_norm: Largest norm of all gradients together; None: as they are.
         ema_decay: Of the moving average of the weights; None: none is kept.
         channels_last: Lay images and weights out channels last: faster convolutions on most devices.
-        compiles: torch.compile the backbone: minutes at the start, for long runs.
+        compiles: torch.compile the backbone (or what the task's ``compile`` says): minutes at the start of a long run.
         seed: Of everything random.
         optimizer: See OptimizerSettings.
         report_every_s: Seconds between reports.
@@ -210,7 +209,8 @@ class _Loop:
         """Steps until the end or until told to stop."""
         self.module.train()
         if self.settings.compiles:
-            getattr(self.module, "backbone", self.module).compile()
+            is_own = type(self.module).compile is not nn.Module.compile
+            (self.module if is_own else getattr(self.module, "backbone", self.module)).compile()
         self._before_step()
         step = parallel.wrap(self.task)
         taking = parallel.trainable(self.module)
@@ -221,6 +221,7 @@ class _Loop:
                 with self.meter.waiting():
                     batch = next(feed)
                 self._at(batch)
+                self._check_size(batch)
                 self._before_step()
                 if parallel.trainable(self.module) != taking:
                     step, taking = parallel.wrap(self.task), parallel.trainable(self.module)
@@ -238,6 +239,16 @@ class _Loop:
         self.progress = Progress(
             self.progress.step, self.progress.num_steps, batch.epoch, self.progress.steps_per_epoch
         )
+
+    def _check_size(self, batch: Batch) -> None:
+        size = self.settings.batch_size
+        is_whole = self.progress.step == 0 and self.progress.steps_per_epoch > 1
+        if batch.num_images > size or (is_whole and batch.num_images != size):
+            raise ConfigError(
+                f"batches of {batch.num_images} images, batch_size={size}",
+                expected="one size: the learning rate goes by it",
+                fix="give the loop and the batches the same batch_size",
+            )
 
     def _before_step(self) -> None:
         before = getattr(self.task, "before_step", None)
@@ -278,17 +289,16 @@ class _Loop:
     def _gradients(self, step: nn.Module, batch: Batch) -> tuple[float, StepOutput]:
         """Backward through every part of the batch; the mean loss and the last part's output."""
         settings = self.settings
-        tensors = self._on_device(batch)
-        rows = memory.rows_of(tensors)
-        parts = self._parts(tensors, rows)
-        self._check_memory(parts[0][0])
+        pieces = parts(on_device(batch.arrays, self.device), settings.accumulation)
+        rows = memory.rows_of(pieces[0][0])
+        self._check_memory(pieces[0][0])
         losses: list[torch.Tensor] = []
         with memory.explained(
             rows=rows, accumulation=settings.accumulation, batch_size=settings.batch_size, device=self.device
         ):
-            for number, (part, share) in enumerate(parts):
+            for number, (part, share) in enumerate(pieces):
                 self._seed(number)
-                is_last = number == len(parts) - 1
+                is_last = number == len(pieces) - 1
                 with contextlib.nullcontext() if is_last else parallel.no_sync(step):
                     seen = self._prepared(part)
                     with self._autocast():
@@ -297,39 +307,15 @@ class _Loop:
                 losses.append(output.loss.detach())
         values = torch.stack(losses).tolist()
         self.bad_part = next((n for n, value in enumerate(values) if not math.isfinite(value)), None)
-        return sum(value * share for value, (_, share) in zip(values, parts, strict=True)), output
-
-    def _parts(self, tensors: Tensors, rows: int) -> list[tuple[Tensors, float]]:
-        """The batch in ``accumulation`` parts, each with its share of the images."""
-        count = min(self.settings.accumulation, rows)
-        edges = [rows * number // count for number in range(count + 1)]
-        return [
-            ({name: value[low:high] for name, value in tensors.items()}, (high - low) / rows)
-            for low, high in pairwise(edges)
-        ]
-
-    def _on_device(self, batch: Batch) -> Tensors:
-        tensors = {}
-        for name, array in batch.arrays.items():
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
-            if self.device.type == "cuda":
-                tensor = tensor.pin_memory().to(self.device, non_blocking=True)
-            tensors[name] = tensor
-        return tensors
+        return sum(value * share for value, (_, share) in zip(values, pieces, strict=True)), output
 
     def _prepared(self, part: Tensors) -> Tensors:
         if self.hooks.prepare is not None:
             with torch.no_grad():
                 part = self.hooks.prepare(part, self.progress.epoch)
-        return {name: self._laid_out(value) for name, value in part.items()}
-
-    def _laid_out(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._laid_out(one) for one in value]
-        is_image = isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point()
-        return (
-            value.contiguous(memory_format=torch.channels_last) if is_image and self.settings.channels_last else value
-        )
+        if not self.settings.channels_last:
+            return part
+        return {name: channels_last(value) for name, value in part.items()}
 
     def _check_memory(self, part: Tensors) -> None:
         """Once, on the CPU, where being out of memory is no error but the end of the process."""
@@ -337,10 +323,10 @@ class _Loop:
             return
         self.is_checked = True
 
-        def loss(few: Tensors) -> torch.Tensor:
+        def loss(twin: nn.Module, few: Tensors) -> torch.Tensor:
             self._seed(0)
             with self._autocast():
-                return self.task.training_step(self._prepared(few), self.progress).loss
+                return cast(Task, twin).training_step(self._prepared(few), self.progress).loss
 
         memory.refuse_if_too_large(
             memory.estimate_bytes(self.module, loss, part),
@@ -385,8 +371,7 @@ class _Loop:
         """Keeps what made this rank's loss not finite; None where it was another rank's."""
         if self.bad_part is None or self.hooks.folder is None:
             return None
-        tensors = self._on_device(batch)
-        part, _ = self._parts(tensors, memory.rows_of(tensors))[self.bad_part]
+        part, _ = parts(on_device(batch.arrays, self.device), self.settings.accumulation)[self.bad_part]
         seed = self._seed(self.bad_part)
         return divergence.keep_batch(
             self.hooks.folder, self.module, self._prepared(part), self.progress, seed=seed, rank=parallel.rank()
