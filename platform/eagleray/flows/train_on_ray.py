@@ -28,7 +28,7 @@ from eagleray.core.errors import CapabilityError, ClusterError, EagleError
 from eagleray.flows import runtime
 from eagleray.flows.pool import error_json, rebuild_error
 from eagleray.flows.run_folder import RunFolder, Tail, read_lines
-from eagleray.flows.train_worker import Seat, Spec, run_worker
+from eagleray.flows.train_worker import MakeBatches, Seat, Spec, run_worker
 from eagleray.flows.training_config import TrainingConfig
 from eagleray.flows.training_run import Run
 
@@ -200,9 +200,11 @@ def work_on_ray(values: dict[str, Any]) -> dict[str, Any]:
     kept = folder.get_error(spec.attempt)
     if kept:
         return {"error": kept}
-    make_batches = None
+    make_batches: MakeBatches | None = None
     if spec.config.is_fed_by_ray:
-        from eagleray.flows.ray_feed import ray_batches as make_batches
+        from eagleray.flows.ray_feed import ray_batches
+
+        make_batches = ray_batches
     try:
         answer = run_worker(spec, seat, is_stopped=_is_preempted, make_batches=make_batches)
     except EagleError as error:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from eagleray.core.errors import ClusterError, StorageError
 from eagleray.flows.run_folder import RunFolder, append_line, read_lines
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from eagleray.learn.reports import StepReport
     from eagleray.learn.task import Progress
     from eagleray.learn.work import Work
+
+MakeBatches: TypeAlias = "Callable[[Work, Seat], BatchSource]"
 
 MOST_IDLE_STARTS = 6  # in a row from one step: a worker that cannot take a single step is not mended by another start
 SAVE_WAITS_S = (1.0, 4.0, 16.0)  # between tries to write a checkpoint: a network file system that hiccups
@@ -79,7 +81,7 @@ def run_worker(
     *,
     is_stopped: Callable[[], bool],
     tell: Callable[[Mapping[str, Any]], None] | None = None,
-    make_batches: Callable[[Work, Seat], BatchSource] | None = None,
+    make_batches: MakeBatches | None = None,
 ) -> dict[str, Any]:
     """Trains until the end of the run or until it is told to stop.
 

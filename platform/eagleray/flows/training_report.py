@@ -175,7 +175,9 @@ def _classes(chosen: Chosen) -> Iterator[blocks.Block]:
     labels = sorted({label for counts in chosen.counts.values() for label in counts})
     if not labels:
         return
-    rows = tuple((label, *(chosen.counts[name].get(label, 0) for name in names)) for label in labels)
+    rows: tuple[tuple[blocks.Cell, ...], ...] = tuple(
+        (label, *(chosen.counts[name].get(label, 0) for name in names)) for label in labels
+    )
     note = f"Trained on {chosen.split!r}; by {chosen.splits.how}."
     yield blocks.Table("Images of each class", ("class", *names), rows, note, is_folded=len(rows) > MOST_CLASSES)
 
