@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +216,7 @@ def test_what_is_wrong_with_a_corpus_is_said(pictures: Path, corpus: str, pretra
         parent = tmp_path / name / "in"
         parent.mkdir(parents=True)
         for source in sources:
-            (parent / Path(source).name).symlink_to(source)
+            shutil.copytree(source, parent / Path(source).name)
         out = tmp_path / name / "corpus"
         ingest.run(ingest.IngestConfig(sources=(str(parent),), out=str(out), labels=labels))
         return str(out)

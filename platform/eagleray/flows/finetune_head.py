@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagleray.flows import finetune, score, training_outputs
-from eagleray.flows.finetune import FinetuneConfig
+from eagleray.flows import finetune_start, score, training_outputs
 from eagleray.flows.finetune_judge import judge
+from eagleray.flows.finetune_start import FinetuneConfig
 from eagleray.flows.pool import cores
 from eagleray.flows.run_folder import append_line
 from eagleray.flows.train import already_done, refuse_other
@@ -38,9 +38,9 @@ FEATURES, BACKBONE = "features", "backbone"
 def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | None = None) -> dict[str, Any]:
     """Fits a head; see ``finetune.run``."""
     with opened(FLOW, config, is_quiet=is_quiet, is_live=is_live) as run:
-        chosen, notes = finetune.select(config)
-        point = finetune.start(config, chosen.index.labels)
-        key = finetune.work_key(config, chosen.index.digest, point)
+        chosen, notes = finetune_start.select(config)
+        point = finetune_start.start(config, chosen.index.labels)
+        key = finetune_start.work_key(config, chosen.index.digest, point)
         done = already_done(run, key)
         if done is not None:
             return done
@@ -55,7 +55,7 @@ def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | 
         from eagleray.learn.head import put_head
 
         put_head(point.model, head)
-        made = finetune.made_of(config, chosen, point)
+        made = finetune_start.made_of(config, chosen, point)
         bundle = training_outputs.write_bundle(run, key, chosen.corpus.digest, made)
         ended = {"state": "finished", "step": figures.pop("step", 0), "fit": figures, "where": dict(run.where)}
         return training_outputs.close(
@@ -98,7 +98,7 @@ def _mask(config: FinetuneConfig, chosen: Chosen) -> NDArray[np.bool_]:
 
 def _save_backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Path:
     """The model before its first step as a bundle, which the scoring path takes."""
-    made = finetune.made_of(config, chosen, point)
+    made = finetune_start.made_of(config, chosen, point)
     path = run.folder.root / BACKBONE
     training_outputs.save_made(path, made, {**made.lineage, "mode": "frozen backbone"})
     return path
@@ -152,7 +152,7 @@ def _step_to(
     from eagleray.learn.training import Hooks, train
 
     index = chosen.index
-    task = HeadTask(features, finetune.classification(config), class_counts=index.class_counts, seed=config.seed)
+    task = HeadTask(features, finetune_start.classification(config), class_counts=index.class_counts, seed=config.seed)
     repeats = BalancedSampler(index.first_targets, seed=config.seed)(0) if config.balance == "sampler" else None
     targets = _targets(config, chosen)
     arrays = {"features": features, "labels" if config.is_multi_label else "target": targets}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from eagleray.flows import evaluate
-from eagleray.flows.finetune import FinetuneConfig, refuse_unjudged
+from eagleray.flows.finetune_start import FinetuneConfig, refuse_unjudged
 from eagleray.flows.training_data import Chosen
 from eagleray.flows.training_run import Run
 
