@@ -77,9 +77,11 @@ def already_done(run: Run, key: Mapping[str, Any]) -> dict[str, Any] | None:
             expected="a new folder, or the bundle of this very config and corpus",
             fix="give another --out",
         )
-    if previous is None or previous.get("state") != "finished":
-        return None
+    if previous is not None and previous.get("state") != "finished":
+        return None  # the last step's checkpoint is there: what explains the bundle is written again
     run.line.note(f"nothing to do: {run.config.out} is trained")
+    if previous is None:  # somebody has removed the run's folder, which a bundle does not need
+        return {"bundle": str(bundle.path), "digest": bundle.model_digest, "run": "", "report": ""}
     return training_outputs.summary(previous)
 
 

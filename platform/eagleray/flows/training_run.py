@@ -91,8 +91,9 @@ def opened(flow: str, config: TrainingConfig, *, is_quiet: bool, is_live: bool |
     line = StatusLine(flow.rpartition(".")[2], is_live=is_live, is_quiet=is_quiet)
     _refuse_occupied(config)
     folder.refuse_foreign()
-    if config.resume == "never":
-        aside = folder.lay_aside()
+    if config.resume == "never" and folder.root.is_dir():
+        with storage.only_writer(folder.root / ".lock", what=str(folder.root)):
+            aside = folder.lay_aside()
         if aside is not None:
             line.note(f"the earlier run is laid aside as {aside}")
     storage.make_folder(folder.root)
