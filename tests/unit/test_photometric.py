@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import colorsys
+import copy
 import hashlib
 import io
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -307,3 +309,32 @@ def test_an_empty_batch_gives_empty_views() -> None:
 
 def test_nothing_of_it_is_saved_with_a_model() -> None:
     assert Photometric(PLANS["dino"]).state_dict() == {}
+
+
+def test_views_that_are_held_are_not_written_again(photos: list[Image.Image]) -> None:
+    """Memory is used again, so: a batch that is kept, whole or one row of it, stays what it was."""
+    plan = PLANS["dino"]
+    batch, photometric = batch_of(photos, plan, 8), Photometric(plan)
+    held = photometric(batch, 0)
+    rows, expected = [view[3:4] for view in held], [view.clone() for view in held]
+    photometric(batch, 1)
+    for view, kept in zip(held, expected, strict=True):
+        assert torch.equal(view, kept)
+    places = [view.data_ptr() for view in held]
+    del held, view
+    for epoch in range(2, 6):
+        photometric(batch, epoch)
+    for row, kept in zip(rows, expected, strict=True):
+        assert torch.equal(row, kept[3:4])
+    del row, rows
+    assert {view.data_ptr() for view in photometric(batch, 6)} & set(places)
+
+
+def test_a_copy_has_memory_of_its_own(photos: list[Image.Image]) -> None:
+    plan = PLANS["simclr"]
+    batch, photometric = batch_of(photos, plan, 4), Photometric(plan)
+    first = photometric(batch, 0)
+    for copied in (copy.deepcopy(photometric), pickle.loads(pickle.dumps(photometric))):
+        second = copied(batch, 0)
+        assert torch.equal(first[0], second[0])
+        assert first[0].data_ptr() != second[0].data_ptr()

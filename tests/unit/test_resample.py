@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from eagleray.core.errors import CapabilityError
 from eagleray.vision import resample
 from eagleray.vision.resample import PILLOW_FILTERS, SETS, Window, resize, to_planes
 from hypothesis import given, settings
@@ -144,3 +145,13 @@ def test_planes_are_numpys_bits(kernel: str) -> None:
 def test_the_kernel_that_is_used_has_a_name(kernel: str) -> None:
     assert resample.kernel() in ("pillow", *SETS)
     assert (resample.kernel() == "pillow") == (kernel == "pillow")
+
+
+@needs_kernel
+def test_a_kernel_built_from_another_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resample, "INTERFACE", resample.INTERFACE + 1)
+    resample._library.cache_clear()
+    with pytest.raises(CapabilityError, match=r"_resample.*another resample\.c"):
+        resample.kernel()
+    monkeypatch.undo()
+    assert resample.kernel() in SETS

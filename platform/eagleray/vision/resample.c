@@ -167,6 +167,9 @@ static across_t *across = across_base;
 static down_t *down = down_base;
 static planes_t *planes = planes_base;
 
+/* Of what the functions below take: resample.py refuses a library of another, built before its source changed. */
+int32_t eagleray_interface(void) { return 2; }
+
 /* Picks the widest instruction set at or under `most` (0 = base, 1 = AVX2, 2 = AVX-512) that is here; says which. */
 int32_t eagleray_choose(int32_t most) {
     across = across_base, down = down_base, planes = planes_base;

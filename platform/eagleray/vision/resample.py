@@ -23,6 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from eagleray.core.errors import CapabilityError
+
+INTERFACE = 2  # what eagleray_interface of resample.c has to answer
 SETS = ("c", "avx2", "avx512")  # what eagleray_choose answers, in its order
 FILTERS = {"bilinear": 0, "bicubic": 1, "lanczos": 2}
 PILLOW_FILTERS = {
@@ -90,6 +93,7 @@ def resize(
 
     Raises:
         MemoryError: There is none left.
+        CapabilityError: The kernel that is installed was built from another source.
 
     Source:
         Pillow 13, src/libImaging/Resample.c.
@@ -164,6 +168,12 @@ def _library() -> ctypes.CDLL | None:
     if path is None or os.environ.get("EAGLERAY_KERNEL") == "pillow":
         return None
     library = ctypes.CDLL(str(path))
+    if not hasattr(library, "eagleray_interface") or library.eagleray_interface() != INTERFACE:
+        raise CapabilityError(
+            f"{path.name} was built from another resample.c than the one beside it",
+            expected=f"a kernel of interface {INTERFACE}",
+            fix="build it again: pip install -e . in the checkout",
+        )
     axis, size, pointer, number = ctypes.POINTER(_Axis), ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int32
     library.eagleray_resize.argtypes = [pointer, size, number, axis, axis, number, number, pointer, size]
     library.eagleray_planes.argtypes = [pointer, number, pointer, pointer, pointer]

@@ -18,6 +18,7 @@ Example:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
@@ -52,7 +53,7 @@ class Photometric(nn.Module):  # type: ignore[misc]  # torch is not followed by 
 
     def __init__(self, plan: ViewPlan) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self._memory = plan, _Memory()
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (plan.mean, plan.std))
         self.register_buffer("scale", 1 / (_WHITE * std), persistent=False)
         self.register_buffer("bias", -mean / std, persistent=False)
@@ -87,10 +88,10 @@ class Photometric(nn.Module):  # type: ignore[misc]  # torch is not followed by 
         count, height, width, _ = crops[0].shape
         device = crops[0].device
         most = max(1, (_CHUNK_CPU if _is_cpu(device) else _CHUNK_DEVICE) // (3 * height * width))
-        out = _empty((len(crops) * count, 3, height, width), device)
+        out = self._memory.take((len(crops) * count, 3, height, width), device)
         outs = out.unbind(0)
         rows_u8 = [row for crop in crops for row in crop.numpy()] if _is_cpu(device) else torch.cat(crops)
-        scratch = _empty((min(most, len(out)), 3, height, width), device)
+        scratch = self._memory.take((min(most, len(out)), 3, height, width), device)
         for chunk in colours.chunks(most, device):
             x = scratch[: len(chunk.places)]
             _load(x, rows_u8, chunk)
@@ -120,11 +121,32 @@ def _is_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """float32; on a CPU in numpy's memory, which asks for huge pages: 38 MB filled in 6 ms instead of 19."""
-    if _is_cpu(device):
-        return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.empty(shape, device=device)
+class _Memory:
+    """float32 memory on a CPU, used again once no tensor lies over it.
+
+    What is given back to the system comes again as zeroed pages at the first touch: 0.2 to 2.4 ms an image for DINO's
+    views, of 4 to 6 ms in all (docs/log.md). numpy asks for huge pages, torch does not. A device's allocator keeps its
+    memory by itself.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+    def take(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Memory that nobody else holds, of any content."""
+        if not _is_cpu(device):
+            return torch.empty(shape, device=device)
+        free = self._free.setdefault(shape, [])
+        try:
+            whole = free.pop()
+        except IndexError:
+            whole = np.empty(shape, np.float32)
+        lease = whole[:]  # the tensor's memory holds this array, and nothing else does
+        weakref.finalize(lease, free.append, whole).atexit = False
+        return torch.from_numpy(lease)
 
 
 def _load(x: Tensor, rows_u8: list[NDArray[np.uint8]] | Tensor, chunk: Chunk) -> None:
