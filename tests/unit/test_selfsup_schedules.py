@@ -16,7 +16,7 @@ from torch import nn
 
 def test_cosine_is_the_papers_at_every_step() -> None:
     for step in range(101):
-        expected = 1 - (1 - 0.996) * (math.cos(math.pi * step / 100) + 1) / 2  # BYOL, section 3.2
+        expected = 1 - (1 - 0.996) * (math.cos(math.pi * step / 100) + 1) / 2  # BYOL, section 3.3
         assert cosine(step, 100, start=0.996, end=1.0) == pytest.approx(expected, abs=1e-15)
 
 

@@ -157,8 +157,8 @@ class LinearProbe(nn.Module):  # type: ignore[misc]
         learning_rate: Of the descent.
         momentum: Of the descent.
 
-    Source: the online linear evaluation of SimCLR, appendix B.6 ("stop gradient"). The gradient of the mean
-    cross-entropy of a softmax is (p - y)^T x / N.
+    Source: SimCLR, appendix on linear evaluation: a classifier on the encoder "with a stop_gradient on the input",
+    trained beside it. The gradient of the mean cross-entropy of a softmax is (p - y)^T x / N.
     """
 
     def __init__(self, width: int, *, num_classes: int, learning_rate: float = 0.1, momentum: float = 0.9) -> None:

@@ -21,7 +21,7 @@ def cosine(step: int, num_steps: int, *, start: float, end: float) -> float:
         start: The value at k = 0.
         end: The value at k = K and after.
 
-    Source: BYOL, section 3.2 (tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2); DINO, section 3.1, uses the same.
+    Source: BYOL, section 3.3 (tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2); DINO, section 3.1, uses the same.
     lightly's function ends at K - 1: given K + 1 it is the papers' to the bit.
     """
     return cosine_schedule(min(step, num_steps), num_steps + 1, start, end)
@@ -36,7 +36,7 @@ def linear_warmup(step: int, warmup_steps: int, *, start: float, end: float) -> 
         start: The value at step 0.
         end: The value from ``warmup_steps`` on.
 
-    Source: DINO, section 3.1, "a linear warm-up for tau_t from 0.04 to 0.07 during the first 30 epochs".
+    Source: DINO, section 3.2, "a linear warm-up for tau_t from 0.04 to 0.07 during the first 30 epochs".
     """
     return end if step >= warmup_steps else start + (end - start) * step / warmup_steps
 
@@ -51,7 +51,7 @@ def warmup_cosine(step: int, num_steps: int, *, warmup_steps: int, peak: float, 
         peak: The highest value.
         end: The value at ``num_steps``.
 
-    Source: SimCLR, appendix B.6 (10 epochs of linear warm-up, then cosine decay; Loshchilov and Hutter 2017).
+    Source: SimCLR, section 2.3: linear warm-up over 10 epochs, then cosine decay (Loshchilov and Hutter 2017).
     """
     if step < warmup_steps:
         return linear_warmup(step, warmup_steps, start=0.0, end=peak)

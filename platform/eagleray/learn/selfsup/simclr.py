@@ -45,7 +45,7 @@ class SimCLR(nn.Module):  # type: ignore[misc]
         self.projector = SimCLRProjectionHead(
             width, self.config.hidden_dim or width, self.config.output_dim, num_layers=self.config.num_layers
         )
-        # Without gathering, lightly's loss would see a worker's own negatives only (and before its 1.4 wrong labels).
+        # Without gathering, a worker would see the negatives of its own images only.
         self.criterion = NTXentLoss(temperature=self.config.temperature, gather_distributed=True)
         if self.config.sync_batch_norm:
             synchronize_batch_norms(self)
