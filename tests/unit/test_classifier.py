@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
 from eagleray.infer import runtimes
-from eagleray.infer.classifier import PREDICT_BATCH, Classifier, softmax, top_k
+from eagleray.infer.classifier import PREDICT_BATCH, Classifier, sigmoid, softmax, top_k
 from eagleray.infer.runtimes import Outputs, measure, run_in_chunks
 from eagleray.vision.bundle import ModelBundle, load_bundle, save_bundle
 from eagleray.vision.images import Reason, decode
@@ -176,6 +176,27 @@ def test_top_k_is_the_head_of_a_stable_sort(rows: list[list[float]], k: int) -> 
         expected = sorted(row, reverse=True)[:k]
         assert scores == pytest.approx(expected)
         assert found == sorted(range(6), key=lambda index: (-row[index], index))[:k]
+
+
+def test_a_multi_label_bundle_gives_each_label_its_own_probability(
+    classifier: Classifier, make_photo: Photo, tmp_path: Path
+) -> None:
+    bundle = classifier.bundle
+    weights = {name: bundle.path / name for name in bundle.files if name.startswith("model.")}
+    draft = replace(bundle, output="multi_label_logits", files={}, path=Path())
+    several = Classifier(save_bundle(tmp_path / "several", draft, weights), "onnx")
+    pixels = np.stack([decode(make_photo(seed), bundle.image_spec) for seed in range(3)])
+    odds = several.infer(pixels).probabilities.astype(np.float64)
+    logits = np.log(odds / (1 - odds))
+    np.testing.assert_allclose(softmax(logits.astype(np.float32)), classifier.infer(pixels).probabilities, atol=1e-5)
+    assert several.bundle.model_digest != bundle.model_digest
+
+
+def test_sigmoid_of_huge_logits_is_finite_and_exact_in_the_middle() -> None:
+    found = sigmoid(np.float32([-1e30, -80, 0, 2, 80, 1e30]))
+    assert np.isfinite(found).all()
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [0, 1.8048514e-35, 0.5, 0.880797, 1, 1], rtol=1e-6)
 
 
 def test_softmax_of_huge_logits_is_finite() -> None:

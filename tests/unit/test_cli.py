@@ -281,19 +281,21 @@ def test_predict_says_its_rows_as_a_table(tmp_path: Path, tiny_model: Path, make
     assert said.splitlines()[-1].startswith("none.jpg: unreadable: ")
 
 
-@pytest.mark.parametrize("verb", ["ingest", "import", "score", "predict", "demo"])
+@pytest.mark.parametrize("verb", ["ingest", "import", "score", "evaluate", "predict", "demo"])
 def test_options_are_fields_of_their_config(verb: str) -> None:
     """An option that its Config does not know would be refused on every use."""
+    import importlib
     import inspect as python_inspect
 
-    from eagleray.cli import archive, predict
-    from eagleray.flows import demo, ingest, score
+    from eagleray.cli import predict
+    from eagleray.flows import demo, evaluate, ingest, score
     from eagleray.vision import imports
 
     kinds: dict[str, Any] = {
         "ingest": ingest.IngestConfig, "import": imports.ImportConfig, "score": score.ScoreConfig,
-        "predict": predict.PredictConfig, "demo": demo.DemoConfig,
+        "evaluate": evaluate.EvaluateConfig, "predict": predict.PredictConfig, "demo": demo.DemoConfig,
     }  # fmt: skip
-    function = getattr(archive, VERBS[verb].target.split(":")[1])
+    module, name = VERBS[verb].target.split(":")
+    function = getattr(importlib.import_module(module), name)
     options = set(python_inspect.signature(function).parameters) - {"common"}
     assert options <= set(kinds[verb].model_fields)

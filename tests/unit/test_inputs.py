@@ -6,10 +6,22 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from eagleray.core.errors import ConfigError
-from eagleray.vision import inputs, sources
-from eagleray.vision.inputs import FrozenInput, freeze_listing, read_unit_listing, unit_images, unit_sizes
+from eagleray.core.errors import ArtifactError, ConfigError
+from eagleray.infer.score_rows import Duplicates, UnitRows
+from eagleray.vision import inputs, shards, sources
+from eagleray.vision.corpus import ShardManifest
+from eagleray.vision.images import Limits
+from eagleray.vision.inputs import (
+    FrozenInput,
+    Selection,
+    freeze_corpus,
+    freeze_listing,
+    read_unit_listing,
+    unit_images,
+    unit_sizes,
+)
 
 
 def make_folder(home: Path, count: int) -> Path:
@@ -121,3 +133,75 @@ def test_units_grow_with_the_archive() -> None:
         cut += sizes[-1]
     assert max(sizes) == 4096
     assert len(sizes) < 30_000
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardManifest:
+    """Three shards of 50 rows in row groups of 8; ids are the numbers of the rows."""
+    monkeypatch.setattr(shards, "ROW_GROUP_IMAGES", 8)
+    home, parts = tmp_path / "corpus", []
+    (home / "shards").mkdir(parents=True)
+    for shard in range(3):
+        with shards.ShardWriter(home / "shards" / f"{shard}.parquet", ()) as writer:
+            for row in range(50):
+                name = f"{50 * shard + row:03d}"
+                writer.add({"id": name, "uri": f"file:///{name}", "image": name.encode(), "labels": []})
+        parts.append({"path": f"shards/{shard}.parquet", **writer.part})
+    return ShardManifest(home, 150, 0, 3, 153, "d" * 64, (), tuple(parts), ())
+
+
+def rows_of(frozen: FrozenInput) -> list[str]:
+    units = [UnitRows.open(unit, Limits(), Duplicates("")) for unit in frozen.units]
+    assert all(rows.num_images == unit["images"] for rows, unit in zip(units, frozen.units, strict=True))
+    return [item.id or "" for rows in units for item in rows.items()]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 1.0])
+def test_a_selection_is_read_where_it_lies_and_nothing_else(
+    corpus: ShardManifest, tmp_path: Path, share: float
+) -> None:
+    keep = np.random.default_rng(0).random(150) < share
+    frozen = freeze_corpus(corpus, tmp_path / "input", Selection(keep))
+    assert rows_of(frozen) == [f"{row:03d}" for row in np.flatnonzero(keep)]
+    assert frozen.images_in == keep.sum() == sum(unit["images"] for unit in frozen.units)
+    assert not list((tmp_path / "input").glob("listing-*"))  # no copy
+    assert freeze_corpus(corpus, tmp_path / "input", Selection(keep.copy())) == frozen
+
+
+def test_row_groups_without_a_chosen_row_are_not_read(
+    corpus: ShardManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    keep = np.zeros(150, bool)
+    keep[[3, 77, 78]] = True
+    frozen = freeze_corpus(corpus, tmp_path / "input", Selection(keep))
+    read: list[int] = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, group, **more: read.append(group) or original(self, group, **more),
+    )
+    assert rows_of(frozen) == ["003", "077", "078"]
+    assert read == [0, 3]
+
+
+def test_another_selection_is_another_input_with_other_units(corpus: ShardManifest, tmp_path: Path) -> None:
+    first, second = np.zeros(150, bool), np.zeros(150, bool)
+    first[:20], second[:21] = True, True
+    a, b = (freeze_corpus(corpus, tmp_path / "input", Selection(keep)) for keep in (first, second))
+    whole = freeze_corpus(ShardManifest(**{**vars(corpus), "quarantined": 0}), tmp_path / "input")
+    assert len({a.digest, b.digest, whole.digest}) == 3
+    assert not {unit["unit"] for unit in a.units} & {unit["unit"] for unit in (*b.units, *whole.units)}
+
+
+def test_a_selection_that_does_not_fit_is_refused(corpus: ShardManifest, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        freeze_corpus(corpus, tmp_path / "input", Selection(np.ones(149, bool)))
+
+
+def test_a_unit_whose_bits_do_not_fit_its_shard_is_an_artifact_error(corpus: ShardManifest, tmp_path: Path) -> None:
+    (unit, *_) = freeze_corpus(corpus, tmp_path / "input", Selection(np.ones(150, bool))).units
+    with pytest.raises(ArtifactError):
+        UnitRows.open({**unit, "keep": "ff"}, Limits(), Duplicates(""))

@@ -14,6 +14,9 @@ from eagleray.assure.report import (
     Bar,
     Bars,
     Code,
+    Curve,
+    Curves,
+    Heatmap,
     Histogram,
     Line,
     Report,
@@ -69,6 +72,13 @@ def make_page(folder: Path, make_photo: Callable[..., bytes]) -> Path:
         Table("Folded", ("x",), ((LONG,),), is_folded=True),
         Code("Command", "eagleray score " + LONG),
         Text((LONG,)),
+        Curves(
+            "Several",
+            tuple(Curve(LONG, ((0.0, 0.1 * index), (1.0, 1 - 0.1 * index))) for index in range(6)),
+            is_unit=True,
+            has_diagonal=True,
+        ),
+        Heatmap("Confusion", (LONG,) * 40, (LONG,) * 40, (tuple(range(40)),) * 40, "truth", "answer"),
     )
     report = Report(LONG, "2026-01-31T12:00:00Z", blocks, LONG, Verdict("3 images in = 2 scored + 1", is_good=True))
     photos = {f"file:///{index}.jpg": make_photo(index, width=300, height=300) for index in range(9)}

@@ -15,6 +15,9 @@ from eagleray.assure.report import (
     Bars,
     Block,
     Code,
+    Curve,
+    Curves,
+    Heatmap,
     Histogram,
     Line,
     Report,
@@ -81,6 +84,8 @@ def all_kinds(text: str) -> tuple[Block, ...]:
         Bars(text, (Bar(text, 3.0, text), Bar(text, 0.0, text)), text, 3.0, text),
         Histogram(text, (0.0, 0.5, 1.0), (3, 9), text, text, text),
         Line(text, ((0.0, 1.0), (2.0, 3.5)), text, text, "s", 2.0, text, text),
+        Curves(text, (Curve(text, ((0.0, 1.0), (2.0, -3.5))), Curve(text, ())), text, text, has_marks=True, note=text),
+        Heatmap(text, (text, text), (text, "x"), ((3, 0), (1, 2)), text, text, text),
         Sheet(text, (Tile(text, (text, text), text, PIXEL, text), Tile(text, (text,), text, "", text)), text),
         Code(text, text, text),
         Text((text,), text),
@@ -219,6 +224,38 @@ def test_text_can_be_read_in_both_schemes(scheme: str, front: str, back: str) ->
 def test_bars_can_be_told_from_the_paper(scheme: str) -> None:
     colours = schemes()[scheme]
     assert contrast(colours["mark"], colours["paper"]) >= 3  # WCAG 2.2 AA for graphics
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_curves_can_be_told_from_the_paper_and_counts_read_on_the_fullest_cell(scheme: str) -> None:
+    colours = schemes()[scheme]
+    for name in ("s1", "s2", "s3", "s4", "s5"):
+        assert contrast(colours[name], colours["paper"]) >= 3
+    for name in ("mark", "s1"):
+        pairs = [(int(colours[name][i : i + 2], 16), int(colours["paper"][i : i + 2], 16)) for i in (1, 3, 5)]
+        mixed = [round(plots.DEEPEST * front + (1 - plots.DEEPEST) * back) for front, back in pairs]
+        assert contrast(colours["ink"], "#" + "".join(f"{value:02x}" for value in mixed)) >= 4.5
+
+
+def test_curves_and_heatmaps_at_their_limits_are_drawn() -> None:
+    assert "Nothing to draw" in plots.curves(Curves("none", ()))
+    for points in (((0.0, 0.0),), ((1.0, -2.0), (2.0, -2.0)), ((0.0, 1e9), (1e9, -1e9))):
+        drawn = plots.curves(Curves("c", (Curve("a", points),), has_marks=True))
+        assert "nan" not in drawn.lower()
+        assert drawn.count("<circle") == len(points)
+    assert "legend" not in plots.curves(Curves("one", (Curve("a", ((0.0, 1.0),)),)))
+    empty = plots.heatmap(Heatmap("none", (), (), ()))
+    assert "<table" in empty
+    square = plots.heatmap(Heatmap("m", ("a", "b"), ("a", "b"), ((99, 1), (0, 5))))
+    assert square.count('class="beside"') == 1  # what is wrong has another colour; zeros stay empty
+    assert square.count("<b>") == 3
+
+
+def test_the_floor_of_curves_is_zero_unless_they_go_below() -> None:
+    drawn = plots.curves(Curves("c", (Curve("loss", ((0.0, 5.0), (9.0, 2.0))),)))
+    assert 'text-anchor="end">0</text>' in drawn
+    below = plots.curves(Curves("c", (Curve("loss", ((0.0, -1.5), (9.0, 0.5))),)))
+    assert re.findall(r'text-anchor="end">([-\d.]+)</text>', below)[:5] == ["-1.5", "-1.0", "-0.5", "0.0", "0.5"]
 
 
 @pytest.mark.parametrize("top", [1e-9, 0.003, 0.7, 1, 3, 4.999, 5, 7, 49, 50, 51, 99, 1234, 1e6, 123_456_789, 3.3e12])

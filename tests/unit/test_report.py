@@ -14,6 +14,9 @@ from eagleray.assure.report import (
     Bars,
     Block,
     Code,
+    Curve,
+    Curves,
+    Heatmap,
     Histogram,
     Line,
     Report,
@@ -29,10 +32,12 @@ from eagleray.core.errors import ArtifactError
 
 SAMPLES: dict[str, Block] = {
     "totals": Totals((Total("in", 3, "all", "good"), Total("a", 2.5), Total("b", "two")), ("=", "+"), "Sum", "note"),
-    "table": Table("T", ("name", "count", "x"), (("a", 1, None), ("b", 2.0, "é\n")), "note", (0,), True),
+    "table": Table("T", ("name", "count", "x"), (("a", 1, None), ("b", 2.0, "é\n")), "note", (0,), True, 3),
     "bars": Bars("B", (Bar("cat", 3.0, "n01"), Bar("dog", 0.0)), "images", 3.0, "note"),
     "histogram": Histogram("H", (0.0, 0.5, 1.0), (3, 9), "score", "images", "note"),
     "line": Line("L", ((0.0, 1.0), (2.0, 3.5)), "t", "n", "s", 2.0, "mean", "note"),
+    "curves": Curves("C", (Curve("a", ((0.0, 1.0), (0.5, 0.2))), Curve("b", ())), "x", "y", True, True, True, "note"),
+    "heatmap": Heatmap("M", ("a", "b"), ("a", "b", "c"), ((3, 0, 1), (0, 2, 0)), "truth", "answer", "note"),
     "sheet": Sheet("S", (Tile("file:///a", ("x", "y"), "a", "data:image/png;base64,AA==", "0.9", True),), "note"),
     "code": Code("C", "line 1\nline 2", "note"),
     "text": Text(("one", "two"), "title"),
@@ -60,7 +65,7 @@ def test_a_report_of_all_kinds_and_of_none_survives_json() -> None:
 
 def test_defaults_may_be_absent_from_a_file() -> None:
     data = {"schema": 1, "title": "t", "created": "c", "blocks": [{"kind": "code", "title": "x", "code": "y"}]}
-    assert Report.from_json(data) == Report("t", "c", (Code("x", "y"),))
+    assert Report.from_json(data) == Report("t", "c", (Code("x", "y"),), schema=1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -85,6 +90,8 @@ def test_a_newer_schema_is_refused_with_what_to_do() -> None:
         {"blocks": [{"kind": "code", "title": "x", "code": 3}]},
         {"blocks": [{"kind": "code", "title": "x", "code": "y", "more": 1}]},
         {"blocks": [{"kind": "line", "title": "x", "points": [[0.0]]}]},
+        {"blocks": [{"kind": "curves", "title": "x", "curves": [{"label": "a", "points": [[1.0, 0.0], [0.0, 0.0]]}]}]},
+        {"blocks": [{"kind": "heatmap", "title": "x", "rows": ["a"], "columns": ["a"], "counts": [[1, 2]]}]},
         {"blocks": [{"kind": "table", "title": "x", "columns": ["a"], "rows": [["1", "2"]]}]},
         {"blocks": [{"kind": "sheet", "title": "x", "tiles": [{"uri": "a", "image": "https://x/y.jpg"}]}]},
         {"title": None},
@@ -113,6 +120,12 @@ def test_blocks_that_contradict_themselves_are_refused() -> None:
         Histogram("h", (0.0, 1.0, 0.5), (1, 2))
     with pytest.raises(ValueError, match="ascend"):
         Line("l", ((1.0, 0.0), (0.0, 0.0)))
+    with pytest.raises(ValueError, match="ascend"):
+        Curve("c", ((1.0, 0.0), (0.0, 0.0)))
+    with pytest.raises(ValueError, match="at most"):
+        Curves("c", (Curve("a", ()),) * 7)
+    with pytest.raises(ValueError, match="rows of"):
+        Heatmap("h", ("a",), ("b",), ((1,), (2,)))
 
 
 @pytest.mark.parametrize(

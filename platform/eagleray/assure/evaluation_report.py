@@ -25,6 +25,7 @@ MOST_CONFUSIONS = 20
 MOST_BARS = 30
 MOST_ROWS = 200  # of the table of classes: the weakest; metrics.json has all
 FOLDED_FROM = 40  # rows
+FEWEST_IN_BIN = 5  # answers behind a point of the reliability diagram: the share of fewer is mostly chance
 
 NAMES = {
     "top1": "top-1",
@@ -185,7 +186,7 @@ def _confusion(found: Evaluation) -> Iterator[blocks.Block]:
         for true, said, images in found.confusions:
             counts[place[true], place[said]] = images
         names = tuple(_name(found, index) for index in shown)
-        note = "Images of each class (a row) by the model's answer (a column); the darker, the larger its share of the row."
+        note = "Images of each class (a row) by the answer (a column); the stronger the colour, the larger its share."
         rows = tuple(tuple(row) for row in counts.tolist())
         yield blocks.Heatmap("Confusion", names, names, rows, "truth", "answer", note)
     wrong = [row for row in found.confusions if row[0] != row[1]]
@@ -215,7 +216,7 @@ def _charts(found: Evaluation) -> Iterator[blocks.Block]:
     points = tuple(
         (round(float(x), 5), round(float(y), 5))
         for x, y, n in zip(r.confidence, r.accuracy, r.counts, strict=True)
-        if n
+        if n >= min(FEWEST_IN_BIN, int(r.counts.max()))
     )
     what = "probabilities of all labels" if found.is_multi_label else "the probability of the answer"
     yield blocks.Curves(
@@ -226,8 +227,8 @@ def _charts(found: Evaluation) -> Iterator[blocks.Block]:
         is_unit=True,
         has_diagonal=True,
         has_marks=True,
-        note=f"Over {len(r.counts)} bins of {what}; on the dotted line stated and observed agree, below it the model "
-        "is too sure.",
+        note=f"In {len(r.counts)} bins of {what}, those of {FEWEST_IN_BIN} or more; on the dotted line stated and "
+        "observed agree, below it the model is too sure.",
     )
     yield blocks.Histogram(
         "How sure the model was",
@@ -286,9 +287,9 @@ def _classes(found: Evaluation) -> blocks.Table:
 
 
 def _split_table(found: Evaluation, names: Sequence[str], counts: npt.NDArray[np.int64]) -> blocks.Table:
-    rows = tuple(
+    rows: list[tuple[blocks.Cell, ...]] = [
         (_name(found, index), *(int(number) for number in counts[index]))
         for index in np.flatnonzero(counts.sum(axis=1)).tolist()
-    )
-    total = ("all classes", *(int(number) for number in counts.sum(axis=0)))
-    return blocks.Table("Labels in each split", ("class", *names), (*rows, total), is_folded=len(rows) > FOLDED_FROM // 2)
+    ]
+    rows.append(("all classes", *(int(number) for number in counts.sum(axis=0))))
+    return blocks.Table("Labels in each split", ("class", *names), tuple(rows), is_folded=len(rows) > FOLDED_FROM // 2)

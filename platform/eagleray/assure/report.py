@@ -25,9 +25,24 @@ from eagleray.assure.charts import Bar, Bars, Curve, Curves, Heatmap, Histogram,
 from eagleray.core.errors import ArtifactError
 
 __all__ = [
-    *("Bar", "Bars", "Block", "Code", "Curve", "Curves", "Heatmap", "Histogram", "Line", "Report", "Sheet", "Table"),
-    *("Text", "Tile", "Total", "Totals", "Verdict"),
-]
+    "Bar",
+    "Bars",
+    "Block",
+    "Code",
+    "Curve",
+    "Curves",
+    "Heatmap",
+    "Histogram",
+    "Line",
+    "Report",
+    "Sheet",
+    "Table",
+    "Text",
+    "Tile",
+    "Total",
+    "Totals",
+    "Verdict",
+]  # charts are blocks too
 
 SCHEMA = 2  # 2: heatmap, curves, decimals of a table
 

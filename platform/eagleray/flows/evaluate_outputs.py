@@ -28,7 +28,6 @@ from eagleray.core.records import Record, read_record
 from eagleray.flows.score_outputs import read_run, versions
 
 if TYPE_CHECKING:
-    from eagleray.assure.report import Report
     from eagleray.flows.evaluate import Subject
 
 METRICS, REPORT, RECORD, PAGE = "metrics.json", "report.json", "record.json", "report.html"
@@ -90,7 +89,9 @@ def finish(subject: Subject, key: str, scored: ScoredAnswers, found: Evaluation)
     storage.write_json(root / REPORT, report.to_json())
     written = [METRICS, REPORT]
     if subject.config.has_report:
-        write_page(root, report)
+        from eagleray.flows.report import write_with_pictures
+
+        write_with_pictures(root, report, root / "scoring" / "input")
         written.append(PAGE)
     inputs = {"corpus": subject.corpus.digest, "model": subject.bundle.model_digest, "split": subject.splits.digest}
     inputs["scores"] = storage.sha256_file(root / "scoring" / commits.MANIFEST)
@@ -107,16 +108,6 @@ def finish(subject: Subject, key: str, scored: ScoredAnswers, found: Evaluation)
     record = Record(kind="evaluate", subjects=subjects, inputs=inputs, predicate=predicate)
     storage.write_json(root / RECORD, record.to_json())
     return summary(root, document)
-
-
-def write_page(root: Path, report: Report) -> Path:
-    """The page of a report whose pictures are those of the scoring run beside it."""
-    from eagleray.assure.report import Sheet
-    from eagleray.pages.page import write_page as write
-    from eagleray.vision.lookup import read_images
-
-    uris = [tile.uri for block in report.blocks if isinstance(block, Sheet) for tile in block.tiles]
-    return write(root, report, read_image=read_images(root / "scoring" / "input", uris).get)
 
 
 def summary(root: Path, document: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +152,7 @@ def _about(subject: Subject, scored: ScoredAnswers, ended: str) -> About:
         "Left out": ", ".join(f"{number:,} {reason}" for reason, number in left_out.items()) or "nothing",
         "Task": "several labels an image" if subject.is_multi_label else "one label an image",
         "Model": model,
-        "Runtime": " ".join(str(runtime[part]) for part in ("name", "version", "precision", "device") if part in runtime),
+        "Runtime": " ".join(str(runtime[key]) for key in ("name", "version", "precision", "device") if key in runtime),
     }  # fmt: skip
     if len(bundle.labels) > (kept_labels := int(run.get("config", {}).get("top_k", len(bundle.labels)))):
         facts["Probabilities"] = f"the {kept_labels:,} highest of an image; the others count as 0 in ROC-AUC and mAP"

@@ -1,4 +1,4 @@
-"""What a thing on disk is: a corpus, a bundle, the scores of a run, or a record: counts, digests, lineage.
+"""What a thing on disk is: a corpus, a bundle, scores, an evaluation, or a record: counts, digests, lineage.
 
 What is small is verified byte for byte, so that a flipped byte is found here and not in the middle of a run; of what is
 large the size is compared, and the answer says how much was verified in which way. Nothing is changed.
@@ -19,7 +19,13 @@ from eagleray.core.errors import ArtifactError, DataError
 from eagleray.core.records import STATEMENT_TYPE, Record, read_record
 
 SMALL_BYTES = 16 * 2**20  # about 10 ms of SHA-256: a thousand parts still answer in seconds
-KINDS = {"manifest.json": "a corpus", "bundle.json": "a bundle", commits.MANIFEST: "scores", "run.json": "scores"}
+KINDS = {
+    "manifest.json": "a corpus",
+    "bundle.json": "a bundle",
+    commits.MANIFEST: "scores",
+    "run.json": "scores",
+    "metrics.json": "an evaluation",
+}
 
 
 class Verified(NamedTuple):
@@ -36,7 +42,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: A folder, or a record.json.
 
     Returns:
-        ``kind`` (corpus, bundle, scores, record) and what belongs to it, as JSON values.
+        ``kind`` (corpus, bundle, scores, evaluation, record) and what belongs to it, as JSON values.
 
     Raises:
         DataError: There is nothing at the path.
@@ -53,11 +59,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _scores(path)
     if (path / "run.json").exists():
         return _unfinished(path)
+    if (path / "metrics.json").exists():
+        return _evaluation(path)
     if (path / "manifest.json").exists() or (path / "_ingest").is_dir():
         return _corpus(path)
     near = [f"{child} ({kind})" for child in sorted(path.iterdir()) if (kind := _kind(child))]
     raise ArtifactError(
-        f"{path} is no corpus, bundle, scores folder or record",
+        f"{path} is no corpus, bundle, scores folder, evaluation or record",
         expected=f"a folder with one of {', '.join(KINDS)}, or a record.json",
         fix=f"inspect one of {', '.join(near[:4])}" if near else "check the path",
     )
@@ -139,6 +147,22 @@ def _scores(path: Path) -> dict[str, Any]:
         "record": "record.json agrees with the manifest" if record else "none",
         "report": str(path / "report.html") if (path / "report.html").exists() else "",
         "verified": verified._asdict(),
+    }
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    found, record = _read_optional(path / "metrics.json"), read_record(path / "record.json")
+    listed = [{"path": name, "sha256": digest} for name, digest in record.subjects.items()]
+    figures = ("top1", "top5", "balanced_accuracy", "f1_macro", "map", "roc_auc", "ece")
+    return {
+        "kind": "evaluation",
+        "path": str(path),
+        "schema": found.get("schema"),
+        "images": found.get("n"),
+        "task": found.get("task"),
+        **{name: found.get(name) for name in figures},
+        **{name: found.get(name) for name in ("split", "left_out", "warnings", "corpus", "model", "runtime")},
+        "verified": _verify(path, listed)._asdict(),
     }
 
 

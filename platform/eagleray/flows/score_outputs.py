@@ -35,7 +35,10 @@ SCHEMA = 1
 QUARANTINE_SCHEMA = pa.schema(
     [("uri", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
-PACKAGES = ("eagleray", "ray", "torch", "onnxruntime", "openvino", "simplejpeg", "pillow", "numpy", "pyarrow")
+PACKAGES = (
+    *("eagleray", "ray", "torch", "onnxruntime", "openvino", "simplejpeg", "pillow", "numpy", "pyarrow"),
+    *("scikit-learn", "scipy"),
+)
 
 
 def read_run(root: Path) -> dict[str, Any] | None:

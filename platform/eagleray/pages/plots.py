@@ -19,7 +19,7 @@ from eagleray.assure.report import Bars, Curve, Curves, Heatmap, Histogram, Line
 from eagleray.pages import wording
 
 NUM_TICKS = 5
-FULL = 0.6  # a cell as dark as that carries light text: contrast of 4.5 in both schemes
+DEEPEST = 0.55  # opacity of a full cell: text on it keeps a contrast of 4.5 in both schemes
 FEW_COLUMNS = 14  # of a heatmap: so few have room for large cells
 CHAR_PX = 7  # of a digit at the axis' 12 px, for the room to the left of the y axis
 SECOND_STEPS = (1, 2, 5, 10, 15, 20, 30, 60)
@@ -152,8 +152,9 @@ def _legend(shown: Sequence[Curve]) -> str:
 
 
 def heatmap(block: Heatmap) -> str:
-    """A real table, each cell shaded by the root of its share of its row, so that a few percent show; where rows and
-    columns are the same, the diagonal is of the main colour and what lies beside it of another.
+    """A real table, each cell shaded by the cube root of its share of its row, so that one percent shows.
+
+    Where rows and columns are the same, the diagonal is of the main colour and what lies beside it of another.
     """
     is_square = block.rows == block.columns
     heads = "".join(
@@ -174,8 +175,9 @@ def heatmap(block: Heatmap) -> str:
     row_label, column_label, title = (
         escape(wording.visible(text)) for text in (block.row_label, block.column_label, block.title)
     )
+    size = " large" if len(block.columns) <= FEW_COLUMNS else ""
     return (
-        f'<div class="scroll"><table class="heat{" large" if len(block.columns) <= FEW_COLUMNS else ""}"><caption class="unseen">{title}</caption><thead>'
+        f'<div class="scroll"><table class="heat{size}"><caption class="unseen">{title}</caption><thead>'
         f'<tr class="over"><td></td><th colspan="{max(1, len(block.columns))}">{column_label}</th></tr>'
         f'<tr><td class="corner">{row_label}</td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
@@ -184,10 +186,8 @@ def heatmap(block: Heatmap) -> str:
 def _cell(count: int, share: float, told: str, is_beside: bool) -> str:
     if not count:
         return "<td></td>"
-    depth = max(share**0.5, 0.12)
-    kind = f"{' beside' if is_beside else ''}{' full' if depth > FULL else ''}".strip()
-    css = f' class="{kind}"' if kind else ""
-    shade = f'<i style="opacity:{depth:.3f}"></i>'
+    css = ' class="beside"' if is_beside else ""
+    shade = f'<i style="opacity:{DEEPEST * share ** (1 / 3):.3f}"></i>'
     return f'<td{css} title="{escape(told)}">{shade}<b>{escape(wording.number(count))}</b></td>'
 
 

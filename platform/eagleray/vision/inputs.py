@@ -117,11 +117,6 @@ class Selection:
     keep: np.ndarray
 
     @property
-    def images(self) -> int:
-        """How many are chosen."""
-        return int(self.keep.sum())
-
-    @property
     def digest(self) -> str:
         """Of the choice."""
         return hashlib.sha256(len(self.keep).to_bytes(8, "big") + np.packbits(self.keep).tobytes()).hexdigest()
@@ -147,7 +142,7 @@ def freeze_corpus(corpus: ShardManifest, home: Path, selection: Selection | None
         path = Path(corpus.path) / "quarantine.parquet"
         name = digest_json(["set_aside", storage.sha256_file(path)])[:24]
         units.append(_unit(name, "set_aside", str(path), 0, len(_group_rows(path)), corpus.quarantined, "", ""))
-    images_in = selection.images if selection else corpus.uris_in
+    images_in = int(selection.keep.sum()) if selection else corpus.uris_in
     head = {"source": source, "kind": "corpus", "digest": digest, "images_in": images_in}
     return _publish(home, head, units, generation=0, changes={"new": 0, "changed": 0, "vanished": 0})
 

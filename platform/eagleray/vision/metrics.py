@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,10 +102,10 @@ class Answers:
 
     @cached_property
     def rank(self) -> Int64:
-        """int64 (N,): how many classes stand before the true one, or before the first true one; C where none is true."""
+        """int64 (N,): how many classes stand before the (first) true one; C where none is true."""
         rank = np.full(len(self.probabilities), self.num_classes, np.int64)
         for start in range(0, len(rank), CHUNK_ROWS):
-            scores, truth = (a[start : start + CHUNK_ROWS] for a in (self.probabilities, self.targets))
+            scores, truth = self.probabilities[start : start + CHUNK_ROWS], self.targets[start : start + CHUNK_ROWS]
             best = np.where(truth, scores, -1.0).argmax(axis=1) if self.is_multi_label else truth
             known = np.flatnonzero(truth.any(axis=1)) if self.is_multi_label else np.arange(len(truth))
             scores, best = scores[known], best[known].astype(np.int64)
@@ -197,7 +197,7 @@ def measure(answers: Answers, resampling: Resampling) -> Metrics:
     """
     statistics = Statistics(answers)
     found = estimate(statistics, resampling, rows=statistics.rows)
-    scalars = {name: cast(Estimate, value) for name, value in found.items() if not isinstance(value, list)}
+    scalars = {name: value for name, value in found.items() if not isinstance(value, list)}
     per_class = {name.removeprefix("class_"): value for name, value in found.items() if isinstance(value, list)}
     support, answered = (
         np.bincount(pairs[1], minlength=answers.num_classes) for pairs in (answers.true, answers.answered)
@@ -270,7 +270,7 @@ def _confidences(answers: Answers) -> Any:
 
 def _bins(confidence: Float32, bins: int) -> Int64:
     """The bin of each: (m/bins, (m+1)/bins], as Guo et al. have it; 0 is in the first."""
-    return np.clip(np.ceil(confidence.astype(np.float64) * bins) - 1, 0, bins - 1).astype(np.int64)
+    return np.asarray(np.clip(np.ceil(confidence.astype(np.float64) * bins) - 1, 0, bins - 1), np.int64)
 
 
 def pr_curve(answers: Answers, label: int) -> tuple[Float64, Float64]:

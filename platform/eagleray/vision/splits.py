@@ -7,7 +7,7 @@ Three ways, all deterministic and independent of the order of the corpus:
   images moves none of those already there;
 - stratified, when asked: every class is divided by the shares, as far as groups allow.
 
-A leak (one image or one group in two splits) is a DataError unless it is allowed; a hashed or stratified split has none.
+A leak (one image or one group in two splits) is a DataError unless it is allowed; by hash or stratified there is none.
 
 Example:
     >>> index = read_index(open_corpus("corpora/photos"), SplitRule())
@@ -224,7 +224,7 @@ class Splits:
                 expected=f"one of {there}, or {ALL}, by {self.how}",
                 fix="name another split",
             )
-        return self.codes == self.names.index(name)
+        return np.asarray(self.codes == self.names.index(name), np.bool_)
 
     def class_counts(self, labels: LabelTable) -> Int64:
         """int64 (C, S): images of each class in each split."""
@@ -351,7 +351,7 @@ def straddling(members: Int64, codes: Int64) -> Int64:
     twice = np.unique(pairs[1:, 0][pairs[1:, 0] == pairs[:-1, 0]])
     first = np.full(int(members.max(initial=-1)) + 1, len(members), np.int64)
     np.minimum.at(first, members[is_in], is_in)
-    return first[twice]
+    return np.asarray(first[twice], np.int64)
 
 
 def check_classes(splits: Splits, labels: LabelTable, name: str, *, is_allowed: bool = False) -> list[str]:
@@ -377,4 +377,6 @@ def check_classes(splits: Splits, labels: LabelTable, name: str, *, is_allowed: 
 
 
 def _ints(values: Any) -> Int64:
-    return np.asarray(values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy()).astype(np.int64)
+    return np.asarray(
+        values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy()
+    ).astype(np.int64)
