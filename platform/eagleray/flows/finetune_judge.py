@@ -11,10 +11,10 @@ from typing import Any
 
 from eagleray.flows import evaluate
 from eagleray.flows.finetune_start import FinetuneConfig, refuse_unjudged
+from eagleray.flows.report import EVALUATION
 from eagleray.flows.training_data import Chosen
 from eagleray.flows.training_run import Run
 
-EVALUATION = "evaluation"  # under the run's folder
 KEPT = ("top1", "top5", "balanced_accuracy", "f1_macro", "roc_auc", "ece", "map", "n")
 
 

@@ -16,13 +16,11 @@ from eagleray.assure.phrases import count, last_name
 from eagleray.assure.report import Report
 from eagleray.core import storage
 from eagleray.core.progress import duration
-from eagleray.flows.finetune_judge import EVALUATION
+from eagleray.flows.report import EVALUATION, SCORING, STORED, read_report, write_with_pictures
 from eagleray.flows.run_folder import read_lines
 from eagleray.flows.training_data import Chosen, choose
 from eagleray.flows.training_run import Run
-from eagleray.pages.page import write_page
 
-STORED = "report.json"
 MOST_POINTS = 400  # of a curve: more cannot be seen
 MOST_CLASSES = 40
 FIGURES = {  # what probes, detectors and tasks log, in words
@@ -54,15 +52,13 @@ def write_report(run: Run, value: Mapping[str, Any]) -> Path:
     chosen = choose(run.config)
     report = training_report(value, read_lines(run.folder.metrics), chosen, read_evaluation(root))
     storage.write_json(root / STORED, report.to_json())
-    return write_page(root, report, read_image=_pictures(root, report))
+    return write_with_pictures(root, report, root / EVALUATION / SCORING / "input")
 
 
 def read_evaluation(root: Path) -> Report | None:
     """The report of the evaluation that belongs to a run."""
-    try:
-        return Report.from_json(storage.read_json(root / EVALUATION / STORED))
-    except FileNotFoundError:
-        return None
+    path = root / EVALUATION / STORED
+    return read_report(path) if path.exists() else None
 
 
 def training_report(
@@ -204,12 +200,3 @@ def _starts(value: Mapping[str, Any]) -> Iterator[blocks.Block]:
         cells = tuple((row["attempt"], row["step"], row["world_size"], row.get("node", "")) for row in rows)
         note = "Each time that workers began: first, and after a stop, a failure or a resize."
         yield blocks.Table("Starts", ("entry", "from step", "workers", "node"), cells, note)
-
-
-def _pictures(root: Path, report: Report) -> Any:
-    """Reads the pictures of the evaluation's sheets where it scored them."""
-    from eagleray.vision.lookup import read_images
-
-    uris = [tile.uri for block in report.blocks if isinstance(block, blocks.Sheet) for tile in block.tiles]
-    home = root / EVALUATION / "scoring" / "input"
-    return read_images(home, uris).get if uris and home.is_dir() else None

@@ -31,8 +31,8 @@ from eagleray.vision import backbones
 # Above so many numbers float64 features no longer fit a laptop beside the rest (400 MB), and float32 is used
 _MOST_DOUBLES = 50_000_000
 _ONE_FOLD_FROM = 20_000  # images from which one held-out fold says as much as five
-# To choose C, a held-out fold need not be solved to the last digit: on 863 x 1,280 features of Lite0, 25 solutions of 300
-# steps each took two minutes of one core
+# To choose C, a held-out fold need not be solved to the last digit: on 863 x 1,280 features of Lite0, 25 solutions of
+# 300 steps each took two minutes of one core
 _ROUGH_ITERATIONS, _ROUGH_GRADIENT, _ROUGH_CHANGE = 60, 1e-5, 1e-7
 
 
