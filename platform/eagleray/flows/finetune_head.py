@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eagleray.core.config import digest_json
 from eagleray.flows import finetune_start, score, training_outputs
 from eagleray.flows.finetune_judge import judge
 from eagleray.flows.finetune_start import FinetuneConfig
@@ -99,8 +100,12 @@ def _mask(config: FinetuneConfig, chosen: Chosen) -> NDArray[np.bool_]:
 def _save_backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Path:
     """The model before its first step as a bundle, which the scoring path takes."""
     made = finetune_start.made_of(config, chosen, point)
-    path = run.folder.root / BACKBONE
-    training_outputs.save_made(path, made, {**made.lineage, "mode": "frozen backbone"})
+    has_onnx = config.runtime != "torch"
+    parts = {"parent": dict(point.parent), "labels": chosen.index.labels, "size_px": point.spec.height}
+    name = digest_json({**parts, "seed": config.seed, "has_onnx": has_onnx})[:12]
+    path = run.folder.root / f"{BACKBONE}-{name}"
+    lineage = {**made.lineage, "mode": "frozen backbone"}
+    training_outputs.save_made(path, made, lineage, has_onnx=has_onnx)
     return path
 
 

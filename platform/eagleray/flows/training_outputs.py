@@ -163,8 +163,8 @@ def write_bundle(run: Run, key: Mapping[str, Any], corpus_digest: str, made: Mad
     return save_made(run.config.out, made, lineage)
 
 
-def save_made(path: str | Path, made: Made, lineage: Mapping[str, Any]) -> ModelBundle:
-    """Saves a model as a bundle, with its ONNX."""
+def save_made(path: str | Path, made: Made, lineage: Mapping[str, Any], *, has_onnx: bool = True) -> ModelBundle:
+    """Saves a model as a bundle, with its ONNX unless only torch will run it."""
     from eagleray.infer.export import export_onnx
     from eagleray.vision import backbones
     from eagleray.vision.state_dicts import to_safetensors
@@ -178,10 +178,9 @@ def save_made(path: str | Path, made: Made, lineage: Mapping[str, Any]) -> Model
         model_args=backbones.saved_args(made.model),
         lineage=dict(lineage),
     )
-    weights: dict[str, bytes | Path] = {
-        SAFETENSORS: to_safetensors(made.model, str(path)),
-        ONNX: export_onnx(made.model, draft),
-    }
+    weights: dict[str, bytes | Path] = {SAFETENSORS: to_safetensors(made.model, str(path))}
+    if has_onnx:
+        weights[ONNX] = export_onnx(made.model, draft)
     return save_bundle(path, draft, weights, timm_config=backbones.hub_config(made.model, made.spec, made.labels))
 
 
