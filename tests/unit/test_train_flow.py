@@ -199,6 +199,27 @@ def test_a_head_on_features_tells_the_classes(corpus: str, tmp_path: Path, mode:
     assert finetune.run(config, is_quiet=True)["digest"] == said["digest"]
 
 
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_several_labels_an_image(pictures: Path, tmp_path: Path, mode: str) -> None:
+    """A picture's tint, and whether its number is even, which cannot be seen."""
+    listing = tmp_path / "labels.jsonl"
+    with listing.open("w") as file:
+        for number in range(IMAGES):
+            path = pictures / "abc"[number % 3] / f"{number}.png"
+            labels = ["abc"[number % 3], *(["even"] if number % 2 == 0 else [])]
+            file.write(json.dumps({"uri": str(path), "labels": labels}) + "\n")
+    corpus = tmp_path / "corpus"
+    ingest.run(ingest.IngestConfig(sources=(str(listing),), out=str(corpus)))
+    config = finetuning(str(corpus), tmp_path / "several", mode=mode, is_multi_label=True, allow_missing=True)
+    said = finetune.run(config, is_quiet=True)
+    bundle = load_bundle(said["bundle"])
+    assert bundle.output == "multi_label_logits"
+    assert bundle.label_ids == ("a", "b", "c", "even")
+    assert said["evaluation"]["n"] > 0
+    with pytest.raises(DataError, match="several labels"):
+        finetune.run(finetuning(str(corpus), tmp_path / "one", mode=mode, allow_missing=True), is_quiet=True)
+
+
 def test_full_finetuning_resumes_to_the_bit(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"ema_decay": 0.9, "balance": "sampler", "judge": "", "split": "all", "mixup_alpha": 0.2}
     finetune.run(finetuning(corpus, tmp_path / "whole", **more), is_quiet=True)
