@@ -1,4 +1,4 @@
-"""The verbs of learning: evaluate.
+"""The verbs of learning: pretrain, finetune, evaluate.
 
 Each parses, builds its Config and calls one function. An option is named as its Config field and is None when it was
 not given, so that the default stands in one place only.
@@ -19,6 +19,109 @@ Corpus = Annotated[
 ]
 
 SHOWN = ("top1", "top5", "balanced_accuracy", "f1_macro", "map", "roc_auc", "ece")
+
+OutBundle = Annotated[
+    str | None, typer.Option("--out", metavar="BUNDLE", help="Bundle to write; the run's folder is BUNDLE.run.")
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the images.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", metavar="N", help="Images a step, over all workers together.")
+]
+SizePx = Annotated[int | None, typer.Option("--size-px", metavar="PX", help="Side of the square input.")]
+Workers = Annotated[
+    str | None,
+    typer.Option("--workers", metavar="N[,MOST]", help="Workers on Ray, or fewest,most; 0 is this process, no Ray."),
+]
+NumGpus = Annotated[float | None, typer.Option("--num-gpus", metavar="N", help="GPUs a worker holds.")]
+Resume = Annotated[
+    str | None, typer.Option("--resume", metavar="HOW", help="auto goes on; never lays an earlier run aside.")
+]
+
+
+def pretrain(
+    *,
+    corpus: Corpus = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="NAME", help="simclr (default), byol or dino.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option("--backbone", metavar="NAME", help="A timm architecture.")] = None,
+    out: OutBundle = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    size_px: SizePx = None,
+    workers: Workers = None,
+    num_gpus: NumGpus = None,
+    resume: Resume = None,
+    address: Address = None,
+    common: Common,
+) -> Outcome:
+    """Learns a backbone from images alone; the result is a bundle that `finetune --from` and `score --embeddings` take.
+
+    The same command again goes on where it stopped.
+    Example: eagleray pretrain --corpus corpora/photos --method simclr --backbone resnet18 --out bundles/ssl
+    """
+    from eagleray.flows.pretrain import PretrainConfig, run
+
+    config = common.load(
+        PretrainConfig,
+        corpus=corpus,
+        method=method,
+        backbone=backbone,
+        out=out,
+        epochs=epochs,
+        batch_size=batch_size,
+        size_px=size_px,
+        workers=workers,
+        num_gpus=num_gpus,
+        resume=resume,
+        address=address,
+    )
+    said = run(config)
+    return Outcome(said, fields(said))
+
+
+def finetune(
+    *,
+    corpus: Corpus = None,
+    parent: Annotated[
+        str | None, typer.Option("--from", metavar="MODEL", help="Bundle, timm name, lite0, local-dir: or hf-hub:.")
+    ] = None,
+    out: OutBundle = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", metavar="MODE", help="full; linear or head: the last layer, on features.")
+    ] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    size_px: SizePx = None,
+    workers: Workers = None,
+    num_gpus: NumGpus = None,
+    resume: Resume = None,
+    address: Address = None,
+    common: Common,
+) -> Outcome:
+    """Learns a classifier from the labels of a corpus, starting from a bundle or a timm model.
+
+    The same command again goes on where it stopped.
+    Example: eagleray finetune --corpus corpora/trash --from lite0 --mode head --out bundles/trash
+    """
+    from eagleray.flows.finetune import FinetuneConfig, run
+
+    config = common.load(
+        FinetuneConfig,
+        corpus=corpus,
+        parent=parent,
+        out=out,
+        mode=mode,
+        epochs=epochs,
+        batch_size=batch_size,
+        size_px=size_px,
+        workers=workers,
+        num_gpus=num_gpus,
+        resume=resume,
+        address=address,
+    )
+    said = run(config)
+    return Outcome(said, fields(said))
 
 
 def evaluate(

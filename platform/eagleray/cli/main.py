@@ -26,6 +26,10 @@ VERBS: dict[str, Verb] = {
     "import": Verb("eagleray.cli.archive:import_model", "Make a bundle of a timm model, a state dict or an ONNX file."),
     "inspect": Verb("eagleray.cli.archive:inspect", "Say what a corpus, bundle, scores folder or record is."),
     "score": Verb("eagleray.cli.archive:score", "Score an archive: every image once, or set aside with a reason."),
+    "pretrain": Verb("eagleray.cli.learning:pretrain", "Learn a backbone from images alone."),
+    "finetune": Verb(
+        "eagleray.cli.learning:finetune", "Learn a classifier from labels, from a bundle or a timm model."
+    ),
     "evaluate": Verb("eagleray.cli.learning:evaluate", "Judge a model against labels: every figure with its interval."),
     "predict": Verb("eagleray.cli.archive:predict", "Score a few images here and now, without Ray."),
     "report": Verb("eagleray.cli.archive:report", "Build the HTML page of a finished run again."),

@@ -108,3 +108,40 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class StatusLine:
+    """Lines that replace one another on a terminal, and stand one below the other elsewhere.
+
+    Args:
+        what: The verb, which each line begins with.
+        is_live: Draw over the line before; default: when stderr is a terminal.
+        is_quiet: Show nothing.
+    """
+
+    def __init__(self, what: str, *, is_live: bool | None = None, is_quiet: bool = False) -> None:
+        self._what, self._stream = what, sys.stderr
+        self._is_live = sys.stderr.isatty() if is_live is None else is_live
+        self._is_quiet, self._is_open = is_quiet, False
+
+    def show(self, text: str) -> None:
+        """The newest state of things."""
+        if not self._is_quiet:
+            line = f"{self._what}  {text}"
+            self._stream.write(f"\r\x1b[2K{line}" if self._is_live else f"{line}\n")
+            self._stream.flush()
+            self._is_open = self._is_live
+
+    def note(self, text: str) -> None:
+        """Something that must stay to be read."""
+        self.close()
+        if not self._is_quiet:
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Leaves the last line as it stands."""
+        if self._is_open:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._is_open = False

@@ -1,4 +1,4 @@
-"""(Re)builds the page of a finished run: of scores, from the scores; of an evaluation, from its report.json.
+"""(Re)builds the page of a finished run: of scores, from the scores; of an evaluation or a training, from report.json.
 
 Example:
     >>> rebuild("runs/photos")
@@ -18,13 +18,14 @@ from eagleray.vision.lookup import read_images
 
 STORED = "report.json"  # what an evaluation keeps beside its page
 SCORING = "scoring"  # where it keeps the run that has the pictures
+EVALUATION = "evaluation"  # where a training run keeps its evaluation
 
 
 def rebuild(folder: str | Path) -> Path:
     """Writes ``report.html`` of a finished run.
 
     Args:
-        folder: The ``--out`` folder of ``eagleray score`` or ``eagleray evaluate``.
+        folder: The ``--out`` folder of ``eagleray score`` or ``eagleray evaluate``, or the run folder of a training.
 
     Returns:
         The page's path.
@@ -36,7 +37,8 @@ def rebuild(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if (folder / STORED).exists() and not (folder / commits.MANIFEST).exists():
-        return write_with_pictures(folder, read_report(folder / STORED), folder / SCORING / "input")
+        home = folder / EVALUATION if (folder / EVALUATION).is_dir() else folder
+        return write_with_pictures(folder, read_report(folder / STORED), home / SCORING / "input")
     return write_with_pictures(folder, score_report(folder), folder / "input")
 
 

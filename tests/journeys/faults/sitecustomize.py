@@ -7,6 +7,8 @@ so that one cluster serves many journeys:
 - images that carry a marker: ``POISON-ABORT`` kills the process, ``POISON-HANG`` never returns, ``POISON-MEMORY`` eats
   memory until the process is refused more and dies;
 - ``stop_before_commit``: path of a marker file; the first worker that comes to commit stops itself there (SIGSTOP);
+- ``slow_step_ms``: every training step sleeps so long;
+- ``consumed``: folder; every training step writes there which images it took, one file a process;
 - ``no_space_at``: the n-th durable write of the run fails with ENOSPC; ``no_space_counts``: folder that counts them.
 """
 
@@ -103,7 +105,25 @@ def patch_storage(module: Any) -> None:
     module.flush = failing
 
 
+def patch_training(module: Any) -> None:
+    run = module._Loop._step
+
+    def told(self: Any, step: Any, batch: Any) -> bool:
+        wanted = faults()
+        time.sleep(wanted.get("slow_step_ms", 0) / 1000)
+        if "consumed" in wanted and Path(wanted["consumed"]).is_dir():
+            rank, world = module.parallel.rank(), module.parallel.world_size()
+            row = {"step": self.progress.step, "epoch": batch.epoch, "rank": rank, "world": world, "pid": os.getpid()}
+            keys = [int(key) for key in batch.arrays["key"]]
+            with (Path(wanted["consumed"]) / f"{os.getpid()}.jsonl").open("a") as file:
+                file.write(json.dumps({**row, "keys": keys, "at": time.time()}) + "\n")
+        return run(self, step, batch)
+
+    module._Loop._step = told
+
+
 PATCHES = {
+    "eagleray.learn.training": patch_training,
     "eagleray.vision.images": patch_images,
     "eagleray.core.commits": patch_commits,
     "eagleray.core.storage": patch_storage,

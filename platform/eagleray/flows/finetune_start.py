@@ -1,0 +1,173 @@
+"""What fine-tuning begins with, whichever its mode: the config, the labelled images, the model before its first step.
+
+Example:
+    >>> chosen, notes = select(config)
+    >>> point = start(config, chosen.index.labels)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from eagleray.core.errors import ConfigError, DataError
+from eagleray.flows.training_config import AUTO, TrainingConfig
+from eagleray.flows.training_data import Chosen, choose
+from eagleray.flows.training_run import Made
+from eagleray.infer.runtimes import RUNTIMES
+from eagleray.vision.bundle import HEAD, load_bundle
+
+if TYPE_CHECKING:
+    from eagleray.learn.starting_point import StartingPoint
+    from eagleray.learn.supervision import ClassificationSettings
+
+
+class FinetuneConfig(TrainingConfig):
+    """What to fine-tune, on what, to where.
+
+    Attributes:
+        parent: Where to start: a bundle's folder, a timm name, ``lite0``, ``local-dir:`` or ``hf-hub:``.
+        mode: ``full``, ``linear`` or ``head``.
+        head: ``auto`` keeps the parent's head where it has the very same labels, ``new`` never does, ``keep`` refuses
+            labels that it does not know.
+        is_pretrained: Load the weights of a name; else new ones of the seed.
+        is_multi_label: Each label by itself, as many an image as it has.
+        label_smoothing, balance, weight_rule, focal_gamma, frozen_epochs, backbone_lr_scale, layer_decay: As in
+            learn.supervision.ClassificationSettings.
+        mixup_alpha, cutmix_alpha: As in learn.mixing.MixSettings.
+        crop_scale, flip_p, vertical_flip_p, rand_augment_ops, rand_augment_magnitude, jitter: As in
+            learn.augmentation.AugmentSettings; ``crop_scale`` is its scale.
+        c_values: Of ``head``: inverse strengths of the penalty to choose from.
+        allow_missing: Train although a class of the corpus has no image in the split.
+        judge: The split on which the page shows the result: a name, ``auto`` (val, else test), or empty for none.
+        runtime, in_process_below: As in ``score``: how features are made and the result is judged.
+    """
+
+    parent: str = Field(min_length=1)
+    mode: Literal["full", "linear", "head"] = "full"
+    head: Literal["auto", "new", "keep"] = "auto"
+    is_pretrained: bool = True
+    is_multi_label: bool = False
+    batch_size: int = Field(64, ge=2)
+    lr: float = Field(5e-4, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    balance: Literal["none", "weights", "sampler", "logits"] = "none"
+    weight_rule: Literal["inverse", "effective"] = "inverse"
+    focal_gamma: float = Field(0.0, ge=0)
+    frozen_epochs: int | None = Field(0, ge=0)
+    backbone_lr_scale: float = Field(1.0, ge=0)
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    mixup_alpha: float = Field(0.0, ge=0)
+    cutmix_alpha: float = Field(0.0, ge=0)
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    flip_p: float = Field(0.5, ge=0, le=1)
+    vertical_flip_p: float = Field(0.0, ge=0, le=1)
+    rand_augment_ops: int = Field(2, ge=0)
+    rand_augment_magnitude: float = Field(7.0, ge=0, le=10)
+    jitter: float = Field(0.0, ge=0, le=1)
+    c_values: tuple[float, ...] = Field((0.001, 0.01, 0.1, 1.0, 10.0), min_length=1)
+    allow_missing: bool = False
+    judge: str = AUTO
+    runtime: str = "auto"
+    in_process_below: int = Field(256, ge=0)
+
+    @field_validator("runtime")
+    @classmethod
+    def _known_runtime(cls, value: str) -> str:
+        if value != "auto" and value not in RUNTIMES:
+            raise ValueError(f"unknown runtime; one of auto, {', '.join(RUNTIMES)}")
+        return value
+
+
+def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
+    """The labelled images of the split, and what to tell of the others.
+
+    Raises:
+        DataError: As ``run`` says.
+    """
+    from eagleray.learn.classification import check_labels
+
+    chosen = choose(config, labels=_kept_labels(config), needs_classes=True, is_allowed=config.allow_missing)
+    index, notes = check_labels(chosen.index, is_multi_label=config.is_multi_label)
+    return dataclasses.replace(chosen, index=index), (*chosen.notes, *notes)
+
+
+def _kept_labels(config: FinetuneConfig) -> tuple[str, ...] | None:
+    """The parent's labels where its head must be kept."""
+    if config.head != "keep":
+        return None
+    if not (Path(config.parent) / HEAD).is_file():
+        raise ConfigError(f"head=keep, and {config.parent} is no bundle", expected="a bundle", fix="give head=auto")
+    return load_bundle(config.parent).label_ids
+
+
+def start(config: FinetuneConfig, labels: tuple[str, ...]) -> StartingPoint:
+    """The model before its first step.
+
+    Raises:
+        DataError: A label that the parent must know and does not.
+    """
+    from eagleray.learn.starting_point import begin
+    from eagleray.vision import backbones
+
+    point = begin(
+        config.parent, labels=labels, size_px=config.size_px, is_pretrained=config.is_pretrained, seed=config.seed
+    )
+    if config.head == "new":
+        backbones.renew_head(point.model, len(labels), seed=config.seed)
+    return point
+
+
+def classification(config: FinetuneConfig) -> ClassificationSettings:
+    """How the classifier learns."""
+    from eagleray.learn.mixing import MixSettings
+    from eagleray.learn.supervision import ClassificationSettings
+
+    names = set(ClassificationSettings.model_fields) & set(FinetuneConfig.model_fields)
+    return ClassificationSettings(
+        mixing=MixSettings(mixup_alpha=config.mixup_alpha, cutmix_alpha=config.cutmix_alpha),
+        **{name: getattr(config, name) for name in names},
+    )
+
+
+def work_key(config: FinetuneConfig, images: str, point: StartingPoint) -> dict[str, Any]:
+    """What the run is: the settings, the images, and the very weights that it begins with."""
+    fields = config.key_fields()
+    fields.pop("parent")  # a path, which may move; its digest stays
+    parent = {name: point.parent[name] for name in ("source", "source_sha256", "model_digest") if name in point.parent}
+    return {**fields, "kind": "finetune", "size_px": point.spec.height, "images": images, "parent": parent}
+
+
+def made_of(config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Made:
+    """A trained model with what its bundle says of it."""
+    lineage = {
+        "kind": "classifier",
+        "mode": config.mode,
+        "parent": dict(point.parent),
+        "trained_on": chosen.trained_on(),
+        "images": len(chosen.index),
+        "class_counts": dict(zip(chosen.index.labels, chosen.index.class_counts.tolist(), strict=True)),
+    }
+    for parameter in point.model.parameters():
+        parameter.requires_grad_(True)
+    output = "multi_label_logits" if config.is_multi_label else "logits"
+    return Made(point.model.eval(), point.spec, point.labels, output, lineage)
+
+
+def refuse_unjudged(config: FinetuneConfig, chosen: Chosen) -> str:
+    """The split to judge on; empty for none.
+
+    Raises:
+        DataError: It was named and is not there.
+    """
+    name = chosen.judge if config.judge == AUTO else config.judge
+    if name and not chosen.splits.counts.get(name):
+        raise DataError(
+            f"no image is in the split {name!r}, on which the result is to be judged",
+            expected=f"one of {', '.join(chosen.splits.counts)}",
+            fix="name another with judge=, or none with judge=''",
+        )
+    return name
