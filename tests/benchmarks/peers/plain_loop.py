@@ -16,7 +16,7 @@ def main() -> None:
     flow = importlib.import_module(args.flow)
     config = flow.CONFIG.model_validate(json.loads(Path(args.config).read_bytes()))
     torch.set_num_threads(args.threads)
-    work, watch = flow.make_work(config), stopwatch.Stopwatch(args.warm)
+    work, watch = flow.make_work(config.model_copy(update={"seed": args.seed})), stopwatch.Stopwatch(args.warm)
 
     def on_step(progress, output) -> None:
         if work.watch is not None:
