@@ -1,9 +1,9 @@
 """What is learnt, on real images: self-supervised features by kNN, fine-tuning, and few labels.
 
 selfsup: leave-one-out weighted kNN (k 20, tau 0.07) of `eagleray pretrain` beside lightly's reference loop at equal
-steps, and beside the backbone before its first step; the same seeds, first weights and images on both sides. Differences
-are paired, over seeds and images, with a 95 % interval that draws both anew. finetune: EfficientNet-Lite0 on a set's own
-split, from its published weights and from none. few: a head on 1, 10 and 100 % of the training labels.
+steps, and beside the backbone before its first step; seeds, first weights and images are the same on both sides.
+Differences are paired, over seeds and images, with a 95 % interval that draws both anew. finetune: EfficientNet-Lite0
+on a set's own split, from its published weights and from none. few: a head on 1, 10 and 100 % of the training labels.
 
 Weights and figures are kept under CACHE/quality: the same command again does only what is missing.
 

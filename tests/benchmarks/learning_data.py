@@ -82,7 +82,7 @@ def ingested(cache: Path, source: Path) -> Path:
 
 
 def few_labels(cache: Path, name: str, share: float, seed: int) -> Path:
-    """The corpus of a set whose training split keeps a share of each class, one image at least; its test split whole."""
+    """The corpus of a set whose training split keeps a share of each class, one image at least."""
     target = cache / "sets" / f"{name}-share{share:g}-seed{seed}"
     if not target.is_dir():
         half = target.with_suffix(".half")

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def steady(rows: Sequence[Mapping[str, Any]], warm: int, cost: Cost, weights: Pa
     if len(inside) < 2:
         raise SystemExit(f"{len(inside)} reports after step {warm} of {rows[-1]['num_steps']}: give more steps")
     first, last = inside[0], inside[-1]
-    seconds = [after["at"] - before["at"] for before, after in zip(inside, inside[1:], strict=False)]
+    seconds = [after["at"] - before["at"] for before, after in pairwise(inside)]
     images = sum(s * row["images_per_s"] for s, row in zip(seconds, inside[1:], strict=True))
     wait = sum(s * row["data_wait_percent"] for s, row in zip(seconds, inside[1:], strict=True)) / sum(seconds)
     return Trial(round(images), last["at"] - first["at"], cost, loss, wait, weights)
