@@ -1,10 +1,7 @@
 """Peer: Ray Data as its documentation scores images: read_images -> row map -> map_batches (actors) -> write_parquet.
 
-The row map resizes, crops and normalises as the documentation's examples do, the whole picture, one step after the
-other; with `--tuned` it uses every trick of the other peers (only the shown part is resized, planes are normalised).
-
-Steady state: from the moment the cluster is up and every actor has its model loaded (the executor is told to wait for
-them before it reads) to the last Parquet file written.
+The row map resizes, crops and normalises the whole picture step by step, as the documentation's examples do; with
+`--tuned` it has the tricks of the other peers. Steady state: from every actor having its model to the last file.
 """
 
 import logging
@@ -58,32 +55,28 @@ class Model:
 
 def run(job: yardstick.Job, blocks: int, batch: int, actors: int, is_fused: bool) -> float:
     """Scores the job; returns the seconds of its steady state."""
+    asked = {"job": job, "is_tuned": IS_TUNED}
     if not ray.is_initialized():
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         settings = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        if "PEER_OBJECT_STORE_MB" in os.environ:  # for a trial on a busy machine; Ray's own default otherwise
-            settings["object_store_memory"] = int(os.environ["PEER_OBJECT_STORE_MB"]) * 10**6
         ray.init("local", num_cpus=LOGICAL_CPUS, **settings)
         context = DataContext.get_current()
         context.wait_for_min_actors_s, context.enable_progress_bars = 120, False
         warm = ray.data.read_images(list(job.files[:8]), mode="RGB", include_paths=True, override_num_blocks=4)
-        warm.map(
-            preprocess, fn_kwargs={"job": job, "is_tuned": IS_TUNED}
-        ).materialize()  # the workers have imported what they need
+        warm.map(preprocess, fn_kwargs=asked).materialize()  # the workers have imported what they need
     job.out.mkdir(parents=True, exist_ok=True)
     cpus = 1.0 if is_fused else 0.9  # Ray Data fuses the row map into the actor when both ask for the same
     images = ray.data.read_images(
         list(job.files), mode="RGB", include_paths=True, override_num_blocks=blocks or None, num_cpus=cpus
     )
-    found = images.map(preprocess, fn_kwargs={"job": job, "is_tuned": IS_TUNED}, num_cpus=cpus).map_batches(
+    found = images.map(preprocess, fn_kwargs=asked, num_cpus=cpus).map_batches(
         Model, batch_size=batch, compute=ActorPoolStrategy(size=actors), num_cpus=1, fn_constructor_args=(job,)
     )
     found.write_parquet(str(job.out))
     end = time.time()
     marks = list(job.out.glob("ready-*"))
     ready = max(float(mark.read_text()) for mark in marks)
-    for mark in marks:
-        mark.unlink()
+    [mark.unlink() for mark in marks]
     return end - ready
 
 
