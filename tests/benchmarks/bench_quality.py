@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet10t")
     parser.add_argument("--size-px", type=int, default=None, help="default 64 for trashnet, 32 for cifar")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1_500, help="optimizer steps of a self-supervised run")
+    parser.add_argument("--steps", type=int, default=1_000, help="optimizer steps of a self-supervised run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--finetune-sets", default="trashnet", help="any of trashnet, apple")
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")

@@ -6,7 +6,7 @@ time. Ours is the whole command of the command line, with its probes, reports an
 rounds of the ratio within a round, with its least and most. Prints Markdown tables, writes every figure to a JSON file.
 
 Example:
-    python tests/benchmarks/bench_train.py                                        # all, at most 20 minutes
+    python tests/benchmarks/bench_train.py                                        # all, sized for 20 minutes on 2 cores
     python tests/benchmarks/bench_train.py --rounds 3 --only simclr,ray --scale 0.5
 """
 
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(NAMES), help=f"any of {', '.join(NAMES)}")
     parser.add_argument("--scale", type=float, default=1.0, help="of steps and images: below 1 for a trial")
-    parser.add_argument("--backbone", default="resnet10t", help="of SimCLR and Ray Train's share")
+    parser.add_argument("--backbone", default="mobilenetv3_small_050", help="of SimCLR and Ray Train's share")
     parser.add_argument("--small", default="mobilenetv3_small_050", help="backbone where the input dominates")
     parser.add_argument("--size-px", type=int, default=64, help="of SimCLR and Ray Train's share")
     parser.add_argument("--no-sweep", action="store_true", help="peers at their first setting: for a trial")

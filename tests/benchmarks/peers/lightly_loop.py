@@ -40,8 +40,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     backbone = timm.create_model(args.backbone, num_classes=0)
+    width = backbone.eval()(torch.zeros(1, 3, args.size, args.size)).shape[1]
     torch.manual_seed(args.seed)
-    model = METHODS[args.method](backbone, backbone.num_features)
+    model = METHODS[args.method](backbone, width)
     layout = torch.channels_last if args.layout == "last" else torch.contiguous_format
     model = model.to(memory_format=layout).train()
     loader = torch.utils.data.DataLoader(
