@@ -63,11 +63,7 @@ def run(job: yardstick.Job, blocks: int, batch: int, actors: int, is_fused: bool
         context = DataContext.get_current()
         context.wait_for_min_actors_s, context.enable_progress_bars = 120, False
         warm = ray.data.read_images(list(job.files[:8]), mode="RGB", include_paths=True, override_num_blocks=4)
-<<<<<<< HEAD
         warm.map(preprocess, fn_kwargs=asked).materialize()  # the workers have imported what they need
-=======
-        warm.map(preprocess, fn_kwargs={"job": job, "is_tuned": IS_TUNED}).materialize()  # the workers have imported what they need
->>>>>>> bench
     job.out.mkdir(parents=True, exist_ok=True)
     cpus = 1.0 if is_fused else 0.9  # Ray Data fuses the row map into the actor when both ask for the same
     images = ray.data.read_images(
