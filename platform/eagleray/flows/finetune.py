@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from eagleray.flows.training_run import Made, Run
     from eagleray.learn.work import Work
 
+__all__ = ["CONFIG", "FinetuneConfig", "judge", "make_bundle", "make_work", "run"]
+
 CONFIG = FinetuneConfig
 
 
