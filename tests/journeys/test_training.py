@@ -58,6 +58,7 @@ class Training:
             **self.ray.env,
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # how long two places are waited for where one node is left
         }
 
     def words(self, *more: str, workers: str = "2") -> list[str]:

@@ -115,7 +115,7 @@ def _totals(value: Mapping[str, Any]) -> blocks.Totals:
     last, where = value["last"], value.get("where", {})
     items = [
         blocks.Total("images", value["images"]),
-        blocks.Total("steps", value["step"]),
+        *([blocks.Total("steps", value["step"])] if value["step"] else []),
         blocks.Total("time", duration(value["seconds"]), f"{where.get('workers', 1)} workers, {where.get('mode', '')}"),
     ]
     if last.get("loss") is not None:
@@ -184,14 +184,31 @@ def _facts(value: Mapping[str, Any], chosen: Chosen) -> blocks.Table:
         "Corpus": str(chosen.corpus.path),
         "Split": f"{chosen.split}: {count(value['images'], 'image')}",
         "Bundle": value["bundle"]["path"],
-        "Batch": f"{config['batch_size']:,} images a step, accumulation {config['accumulation']}",
-        "Optimizer": f"{config['optimizer']}, lr {config['lr']:g} for {config['base_batch'] or 'any batch'}, "
-        f"weight decay {config['weight_decay']:g}",
-        "Precision": config["precision"],
+        **_how(value),
         "Seed": str(config["seed"]),
         "Ran on": f"{where.get('mode', '')}, {where.get('cpus', 0):g} cores, {where.get('gpus', 0):g} GPUs",
     }
     return blocks.Table("What was run", ("", ""), tuple(facts.items()))
+
+
+def _how(value: Mapping[str, Any]) -> dict[str, str]:
+    """How the weights were found: by steps, or a head solved on features."""
+    config, fit = value["config"], value.get("fit", {})
+    facts = {}
+    if fit:
+        images, width = fit["features"]
+        facts["Features"] = f"{images:,} x {width:,}, of the frozen backbone, by the scoring path"
+    if fit.get("c") is not None:
+        tried = ", ".join(f"{c}: {score:.3f}" for c, score in fit["cross_validated"].items())
+        facts["Head"] = f"logistic regression, C {fit['c']:g}, in {fit['fit_s']:.1f} s"
+        return {**facts, **({"C, cross-validated": tried} if tried else {})}
+    return {
+        **facts,
+        "Batch": f"{config['batch_size']:,} images a step, accumulation {config['accumulation']}",
+        "Optimizer": f"{config['optimizer']}, lr {config['lr']:g} for {config['base_batch'] or 'any batch'}, "
+        f"weight decay {config['weight_decay']:g}",
+        "Precision": config["precision"],
+    }
 
 
 def _starts(value: Mapping[str, Any]) -> Iterator[blocks.Block]:
