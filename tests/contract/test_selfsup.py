@@ -233,8 +233,11 @@ def test_without_shared_statistics_two_workers_are_not_one(by_workers: list[dict
 def test_two_workers_measure_as_one(by_workers: list[dict[str, Any]]) -> None:
     """Probes and detector see the union, so that all workers tell the same and stop together."""
     alone = two_workers.measured(slice(None))
-    for worker in by_workers:
-        assert all(torch.equal(value, worker["measured"][key]) for key, value in alone.items())
+    first, second = (worker["measured"] for worker in by_workers)
+    for key, value in alone.items():
+        assert torch.equal(first[key], second[key]), key
+        # float32: this process may sum with other threads and instructions than its children do
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
