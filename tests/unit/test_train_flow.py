@@ -194,7 +194,9 @@ def test_a_head_on_features_tells_the_classes(corpus: str, tmp_path: Path, mode:
     config = finetuning(corpus, tmp_path / "head", mode=mode, epochs=40, lr=0.05, c_values=(1.0, 10.0))
     said = finetune.run(config, is_quiet=True)
     assert said["evaluation"]["top1"]["value"] >= 0.8  # the classes are tints: a random backbone tells them
-    assert "Confusion" in (tmp_path / "head.run/report.html").read_text()
+    page = (tmp_path / "head.run/report.html").read_text()
+    assert "Confusion" in page
+    assert "Trained on &#39;train&#39;" in page  # `auto` is said as what it stood for
     assert load_bundle(said["bundle"]).lineage["mode"] == mode
     assert finetune.run(config, is_quiet=True)["digest"] == said["digest"]
 

@@ -16,6 +16,7 @@ from eagleray.assure.phrases import count, last_name
 from eagleray.assure.report import Report
 from eagleray.core import storage
 from eagleray.core.progress import duration
+from eagleray.flows.finetune_start import FinetuneConfig, select
 from eagleray.flows.report import EVALUATION, SCORING, STORED, read_report, write_with_pictures
 from eagleray.flows.run_folder import read_lines
 from eagleray.flows.training_data import Chosen, choose
@@ -49,7 +50,8 @@ def write_report(run: Run, value: Mapping[str, Any]) -> Path:
         StorageError: The page cannot be written.
     """
     root = run.folder.root
-    chosen = choose(run.config)
+    config = run.config
+    chosen = select(config)[0] if isinstance(config, FinetuneConfig) else choose(config)
     report = training_report(value, read_lines(run.folder.metrics), chosen, read_evaluation(root))
     storage.write_json(root / STORED, report.to_json())
     return write_with_pictures(root, report, root / EVALUATION / SCORING / "input")
