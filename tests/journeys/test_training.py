@@ -203,7 +203,7 @@ def test_ctrl_c_checkpoints_says_how_to_resume_and_the_resume_changes_no_bit(
     assert training.weights() == undisturbed.weights()
 
 
-@pytest.mark.full  # holds on a fresh cluster; where a controller was killed before it begins with one worker and stays so
+@pytest.mark.full  # holds on a fresh cluster; after the killed controller it begins with one worker and stays so
 def test_two_workers_become_one_and_two_again(training: Training, undisturbed: Training) -> None:
     driver = training.start("num_cpus=2", "resize_check_s=1", workers="1,2", slow_ms=1500)
 
