@@ -112,10 +112,6 @@ class Training:
 
     def assert_done(self, driver: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
         driver.wait(timeout_s)
-        if driver.returncode == -signal.SIGSEGV:  # Ray 2.60's core as it disconnects (docs/log.md, Learning)
-            print("\nthe driver died of Ray's own fault on disconnecting; the same command goes on")
-            driver = start(self.env, *driver.args[3:], log=self.home / "log")
-            driver.wait(timeout_s)
         assert driver.returncode == 0, self.log()
         assert storage.read_json(self.folder.root / "run.json")["step"] == STEPS
         self.assert_each_image_once_an_epoch()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from eagleray.core.errors import CapabilityError
 from eagleray.flows import doctor, hardware
 from eagleray.flows.hardware import FAIL, OK, WARN, Check
 
@@ -195,3 +196,14 @@ def test_versions_are_compared_as_numbers() -> None:
     assert doctor.numbers("2.13.0+cu130") == (2, 13, 0)
     assert doctor.numbers("1.9.0rc1") == (1, 9, 0)
     assert doctor.numbers("12.3") < doctor.numbers("12.10")
+
+
+def test_a_stale_resize_kernel_is_a_failed_check_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise CapabilityError("built from another resample.c", fix="pip install -e .")
+
+    monkeypatch.setattr(doctor, "kernel", refuse)
+    check = doctor.resize_kernel()
+    assert (check.status, check.fix) == (doctor.FAIL, "pip install -e .")
+    monkeypatch.setattr(doctor, "kernel", lambda: "pillow")
+    assert doctor.resize_kernel().status == doctor.WARN

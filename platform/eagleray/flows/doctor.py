@@ -57,7 +57,7 @@ def run() -> list[Check]:
         torch_build(*_torch()),
         torchvision_build(*_torch(), _declared("torchvision")[0]),
         *engines(),
-        resize_kernel(kernel()),
+        resize_kernel(),
         package_floors(),
         ray_version(installed_version("ray")),
         ray_token(os.environ, Path.home()),
@@ -136,8 +136,12 @@ def torchvision_build(torch: str | None, cuda: str | None, found: str | None) ->
     return Check("torchvision", OK, found)
 
 
-def resize_kernel(found: str) -> Check:
+def resize_kernel() -> Check:
     """Whether the compiled resize is here; without it pixels are the same and decoding takes twice the time."""
+    try:
+        found = kernel()
+    except CapabilityError as error:
+        return Check("resize kernel", FAIL, error.seen, error.fix)
     if found == "pillow":
         return Check(
             "resize kernel",
