@@ -96,6 +96,17 @@ def test_the_third_attempt_is_careful_and_gives_the_same(photos: Path, tmp_path:
     assert careful.equals(plain)
 
 
+def test_a_committed_unit_that_is_given_out_again_is_not_scored_again(
+    photos: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    first, answers = score_folder(photos, tmp_path / "run", tiny_model)
+    again, told = score_folder(photos, tmp_path / "run", tiny_model)
+    assert again.equals(first)
+    assert set(Ledger(tmp_path / "run", "k").attempts().values()) == {1}
+    for was, now in zip(answers, told, strict=True):
+        assert {**was, "is_mine": False} == {**now, "ended": was["ended"]}  # a part says when it was written
+
+
 def test_embeddings_are_float16_of_fixed_size_and_null_where_nothing_was_scored(
     photos: Path, tmp_path: Path, tiny_model: Path
 ) -> None:

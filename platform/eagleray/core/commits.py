@@ -110,6 +110,14 @@ class Ledger:
             (self.root / part["path"]).unlink(missing_ok=True)
         return False
 
+    def find(self, unit: str) -> dict[str, Any] | None:
+        """The part that a unit is committed with, or None: a task given out again asks before it does a unit twice."""
+        try:
+            part: dict[str, Any] = json.loads((self._parts / f"{unit}.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        return part if self._is_whole(part) else None
+
     def committed(self) -> dict[str, dict[str, Any]]:
         """Every committed unit with its part, by unit; a commit whose part file is gone or cut does not count."""
         done: dict[str, dict[str, Any]] = {}

@@ -39,6 +39,11 @@ from eagleray.vision.bundle import load_bundle
 from eagleray.vision.images import ImageRefused, ImageSpec, Limits, Reason, decode
 from eagleray.vision.sandbox import SandboxedDecoder
 
+ANSWERED = (
+    *("unit", "rows", "scored", "quarantined", "images", "inferred"),
+    *("attempt", "pid", "node", "started", "ended", "cpu_s"),
+)
+
 
 @dataclass(frozen=True)
 class ScoreSettings:
@@ -133,6 +138,9 @@ class ShardScorer:
             since the epoch), ``cpu_s``, ``pid``, ``node``, ``attempt``, ``is_mine`` (False: another attempt had
             committed before).
         """
+        done = self._ledger.find(unit["unit"])
+        if done is not None:  # by an attempt whose worker died before it had answered
+            return {**{name: done[name] for name in ANSWERED}, "is_mine": False}
         started, cpu = time.time(), time.process_time()
         attempt = self._ledger.begin(unit["unit"])
         rows = score_rows.UnitRows.open(unit, self._settings.limits, self._duplicates)

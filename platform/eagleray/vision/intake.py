@@ -40,6 +40,7 @@ HOME = "_ingest"  # of what only the ingest needs; removed when the manifest sta
 SHARDS, INDEX, REFUSED = "shards", f"{HOME}/index", f"{HOME}/refused"
 SLOW_KINDS = frozenset({"remote", "tar_stream"})  # a long read of these is no hang: a network, or gigabytes skipped
 HEAD_BYTES = 4096  # of a quarantined item, hashed so that two sightings of one bad file can be recognised
+ANSWERED = ("unit", "uris", "images", "duplicates", "quarantined", "bytes")
 INDEX_SCHEMA = pa.schema(
     [
         ("id", pa.binary()),
@@ -109,6 +110,9 @@ class SliceIngester:
             raise storage_error(error, f"ingesting slice {unit['unit']} of {self._root}") from error
 
     def _ingest(self, name: str, path_of_slice: Path) -> dict[str, Any]:
+        done = self._ledger.find(name)
+        if done is not None:  # by an attempt whose worker died before it had answered
+            return {key: done[key] for key in ANSWERED}
         attempt = self._ledger.begin(name)
         listing = pq.read_table(path_of_slice)
         is_careful = attempt >= CAREFUL_FROM_ATTEMPT
@@ -134,8 +138,9 @@ class SliceIngester:
             "index": f"{INDEX}/{index.name}",
             "refused": f"{REFUSED}/{refused.name}",
         }
-        self._ledger.commit(name, {**files, **part, **counts})
-        return {"unit": name, **counts, "bytes": part["bytes"]}
+        answer = {"unit": name, **counts, "bytes": part["bytes"]}
+        self._ledger.commit(name, {**files, **part, **answer})
+        return answer
 
     def copy_of(self, row: Mapping[str, Any], image_id: str) -> _Copy:
         """What a listing row says about an image, with its split when splits are asked for."""
