@@ -27,7 +27,6 @@ ensure_importable()
 
 from timm.optim import Lars, param_groups_layer_decay  # noqa: E402  torchvision must be importable first
 
-
 FUSED_ON = ("cpu", "cuda")
 
 

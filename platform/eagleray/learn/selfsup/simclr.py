@@ -59,8 +59,8 @@ class SimCLR(nn.Module):  # type: ignore[misc]
     def training_step(self, batch: Mapping[str, Any], progress: Progress) -> StepOutput:
         """The loss of two views; each is its own batch for the norms, as in lightly's examples.
 
-        The authors' code takes both as one batch: then the running averages, with which the finished backbone sees, move
-        half as often, and after few steps lag behind the weights (docs/log.md).
+        The authors' code takes both as one batch: then the running averages, with which the finished backbone sees,
+        move half as often, and after few steps lag behind the weights (docs/log.md).
 
         Args:
             batch: With ``views``: two float tensors (N, 3, H, W).
