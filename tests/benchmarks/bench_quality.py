@@ -5,23 +5,28 @@ steps, and beside the backbone before its first step; seeds, first weights and i
 Differences are paired, over seeds and images, with a 95 % interval that draws both anew. finetune: EfficientNet-Lite0
 on a set's own split, from its published weights and from none. few: a head on 1, 10 and 100 % of the training labels.
 
-Weights and figures are kept under CACHE/quality: the same command again does only what is missing.
+Weights and figures are kept under CACHE/quality: the same command again does only what is missing. A command begins no
+run that would not end within its --minutes (none at 0), and prints the tables of what there is.
 
 Example:
-    python tests/benchmarks/bench_quality.py --only selfsup --sets trashnet --methods simclr     # six runs
+    python tests/benchmarks/bench_quality.py --only selfsup --minutes 15     # again and again: 36 runs, an hour in all
+    python tests/benchmarks/bench_quality.py --only selfsup --minutes 0      # the table so far
     python tests/benchmarks/bench_quality.py --steps 60 --seeds 1 --epochs 1 --shares 0.1,1      # minutes: a trial
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,14 +34,15 @@ from typing import Any
 import learning_data
 import numpy as np
 from bench_score import describe_machine
-from checkout import EAGLERAY, make_importable
-from contestants import metered
+from checkout import EAGLERAY, SOURCES, make_importable
+from contestants import HERE, metered
 from learning_data import Neighbours, Pictures, difference
 from training_contestants import Ours, Peer
 
 PARTS = ("selfsup", "finetune", "few")
 SIZE_PX = {"trashnet": 64, "cifar": 32, "apple": 64}
 PROBE = {"trashnet": (0.847, 0.791), "apple": (0.979, 0.982)}  # shared/data/README.md: accuracy, balanced accuracy
+SIDES = ("eagleray", "lightly")
 MARGIN, SIMCLR_GAIN = 1.0, 5.0  # points, issue 3
 
 
@@ -49,12 +55,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet10t")
     parser.add_argument("--size-px", type=int, default=None, help="default 64 for trashnet, 32 for cifar")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1_000, help="optimizer steps of a self-supervised run")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a self-supervised run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--finetune-sets", default="trashnet", help="any of trashnet, apple")
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")
     parser.add_argument("--max-steps", type=int, default=None, help="of fine-tuning, below its epochs: for a trial")
     parser.add_argument("--shares", default="0.01,0.1,1", help="of the training labels")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of this command; 0 only prints")
     parser.add_argument("--cache", type=Path, default=Path("/tmp/eagleray-bench"))
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None, help="default CACHE/bench_quality.json")
@@ -81,10 +88,45 @@ def sides(args: argparse.Namespace, pictures: Pictures, method: str, work: Path)
     return {"eagleray": ours, "lightly": peer}
 
 
-def trained(side: Ours | Peer, seed: int, kept: Path) -> dict[str, Any]:
-    """Runs a side unless its weights are there; what the run took."""
+@cache
+def version(who: str) -> str:
+    """Digest of the sources that a side's weights come from: what other sources have made is not taken for theirs."""
+    if who == "lightly":
+        files = sorted((HERE / "peers").glob("lightly_*.py"))
+    else:
+        learn = Path(SOURCES) / "eagleray" / "learn"
+        loop = [learn / f"{name}.py" for name in ("training", "optimization", "feeding", "order", "averaging")]
+        files = [*sorted((learn / "selfsup").glob("*.py")), *loop]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+
+
+class Budget:
+    """The minutes of a command: a run begins when the longest of its kind would still end within them.
+
+    Args:
+        minutes: In all.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._until, self._longest, self.left_out = time.monotonic() + 60 * minutes, dict[str, float](), 0
+
+    def allows(self, kind: str) -> bool:
+        """Whether a run may begin; counts those that may not."""
+        is_allowed = time.monotonic() + self._longest.get(kind, 0.0) < self._until
+        self.left_out += not is_allowed
+        return is_allowed
+
+    def took(self, kind: str, seconds: float) -> None:
+        """Learns how long a run is."""
+        self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
+
+
+def trained(side: Ours | Peer, seed: int, kept: Path, budget: Budget, kind: str) -> dict[str, Any] | None:
+    """Runs a side unless its weights are there; what the run took. None: not there, and no time for it."""
     told = kept.with_suffix(".json")
     if not (kept.is_file() and told.is_file()):
+        if not budget.allows(kind):
+            return None
         side.tune()
         trial = side.run(seed)
         assert trial.weights is not None  # both sides keep theirs
@@ -92,56 +134,92 @@ def trained(side: Ours | Peer, seed: int, kept: Path) -> dict[str, Any]:
         shutil.copyfile(trial.weights, kept)
         told.write_text(json.dumps({"loss": trial.loss, **vars(trial.cost)}))
     found: dict[str, Any] = json.loads(told.read_bytes())
+    budget.took(kind, found["seconds"])
     return found
 
 
-def selfsup(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each set and method."""
-    rows = []
-    for name in args.sets:
-        pictures = learning_data.make(args.cache, name)
-        size_px = args.size_px or SIZE_PX[name]
-        knn = Neighbours(pictures.folder, size_px, args.backbone)
-        seeds = range(1, args.seeds + 1)
-        before = np.stack([knn.right(None, seed) for seed in seeds])
-        for method in args.methods:
-            work, right, runs = args.cache / "quality-runs", {}, {}
-            work.mkdir(parents=True, exist_ok=True)
-            stem = f"{name}-{pictures.num_images}-{args.backbone}-{size_px}px-{method}-b{args.batch}-s{args.steps}"
-            for seed in seeds:
-                for who, side in sides(args, pictures, method, work).items():
-                    kept = args.cache / "quality" / f"{stem}-seed{seed}-{who}.safetensors"
-                    runs[f"{who} {seed}"] = told = trained(side, seed, kept)
-                    found = knn.right(kept)
-                    right.setdefault(who, []).append(found)
-                    was = f"kNN {100 * found.mean():.1f}, untrained {100 * before[seed - 1].mean():.1f}"
-                    print(f"#   {stem} seed {seed} {who}: {was}, {told['seconds']:.0f} s", flush=True)
-            shutil.rmtree(work, ignore_errors=True)
-            ours, theirs = (np.stack(right[who]) for who in ("eagleray", "lightly"))
-            rows.append(
-                {
-                    "set": name,
-                    "method": method,
-                    "what": f"{args.backbone}, {size_px} px, batch {args.batch}, {args.steps} steps",
-                    "knn": {
-                        who: [100 * float(one.mean()) for one in values]
-                        for who, values in (("eagleray", ours), ("lightly", theirs), ("untrained", before))
-                    },
-                    "against_lightly": difference(ours, theirs),
-                    "against_untrained": difference(ours, before),
-                    "runs": runs,
-                }
-            )
-    return rows
+class Judge:
+    """kNN of weights on a set, kept beside them; the pictures are loaded when they are first needed."""
+
+    def __init__(self, args: argparse.Namespace, pictures: Pictures, size_px: int) -> None:
+        self._args, self._pictures, self._size_px = args, pictures, size_px
+        self._knn: Neighbours | None = None
+
+    def right(self, weights: Path | None, seed: int = 0) -> np.ndarray:
+        """bool (N,), as Neighbours.right."""
+        stem = f"{self._pictures.name}-{self._pictures.num_images}-{self._args.backbone}-{self._size_px}px"
+        home = self._args.cache / "quality"
+        kept = weights.with_suffix(".right.npy") if weights else home / f"{stem}-untrained-seed{seed}.right.npy"
+        if not kept.is_file():
+            if self._knn is None:
+                self._knn = Neighbours(self._pictures.folder, self._size_px, self._args.backbone)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            np.save(kept, self._knn.right(weights, seed))
+        found: np.ndarray = np.load(kept)
+        return found
+
+
+@dataclass
+class Found:
+    """What is known of a set and a method: bool (N,) and costs by side, one a seed, in order."""
+
+    right: dict[str, list[np.ndarray]] = field(default_factory=lambda: {who: [] for who in SIDES})
+    before: list[np.ndarray] = field(default_factory=list)
+    runs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {who: [] for who in SIDES})
+
+
+def selfsup(args: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
+    """A row for each set and method of which both sides of a seed are there; seed by seed, so that pieces are even."""
+    found: dict[tuple[str, str], Found] = {(name, method): Found() for name in args.sets for method in args.methods}
+    sets = {name: learning_data.make(args.cache, name) for name in args.sets}
+    judges = {name: Judge(args, sets[name], args.size_px or SIZE_PX[name]) for name in args.sets}
+    work = args.cache / "quality-runs"
+    work.mkdir(parents=True, exist_ok=True)
+    for seed in range(1, args.seeds + 1):
+        for (name, method), one in found.items():
+            size_px, told = args.size_px or SIZE_PX[name], {}
+            stem = f"{name}-{sets[name].num_images}-{args.backbone}-{size_px}px-{method}-b{args.batch}-s{args.steps}"
+            home = args.cache / "quality"
+            kept = {who: home / f"{stem}-seed{seed}-{who}-{version(who)}.safetensors" for who in SIDES}
+            for who, side in sides(args, sets[name], method, work).items():
+                told[who] = trained(side, seed, kept[who], budget, f"{name} {method} {who}")
+            runs = {who: took for who, took in told.items() if took is not None}
+            if len(runs) < len(SIDES):
+                continue
+            one.before.append(judges[name].right(None, seed))
+            for who, took in runs.items():
+                one.runs[who].append(took)
+                one.right[who].append(judges[name].right(kept[who]))
+                was = f"kNN {100 * one.right[who][-1].mean():.1f}, untrained {100 * one.before[-1].mean():.1f}"
+                print(f"#   {stem} seed {seed} {who}: {was}, {took['seconds']:.0f} s", flush=True)
+    shutil.rmtree(work, ignore_errors=True)
+    return [selfsup_row(args, *key, one) for key, one in found.items() if one.before]
+
+
+def selfsup_row(args: argparse.Namespace, name: str, method: str, found: Found) -> dict[str, Any]:
+    """kNN, differences and costs of a set and a method."""
+    ours, theirs, before = (np.stack(rows) for rows in (*(found.right[who] for who in SIDES), found.before))
+    return {
+        "set": name,
+        "method": method,
+        "what": f"{args.backbone}, {args.size_px or SIZE_PX[name]} px, batch {args.batch}, {args.steps} steps",
+        "knn": {
+            who: [100 * float(one.mean()) for one in values]
+            for who, values in (("eagleray", ours), ("lightly", theirs), ("untrained", before))
+        },
+        "against_lightly": difference(ours, theirs),
+        "against_untrained": difference(ours, before),
+        "runs": found.runs,
+    }
 
 
 def selfsup_table(rows: Sequence[dict[str, Any]]) -> str:
     """kNN in Markdown."""
     lines = [
         "",
-        "| set, method | run | eagleray (range) | lightly | untrained | - lightly, points (95 %) | goal"
-        " | - untrained, points (95 %) | goal |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| set, method | run | seeds | eagleray (range) | lightly | untrained | - lightly, points (95 %) | goal"
+        " | - untrained, points (95 %) | goal | CPU-minutes a run, eagleray : lightly |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         (gain, low, high), (rise, least, most) = row["against_lightly"], row["against_untrained"]
@@ -151,19 +229,23 @@ def selfsup_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [
             f"{row['set']}, {row['method']}",
             row["what"],
+            str(len(ours)),
             f"{statistics.mean(ours):.1f} ({min(ours):.1f} to {max(ours):.1f})",
             *(f"{statistics.mean(row['knn'][who]):.1f}" for who in ("lightly", "untrained")),
             f"{gain:+.2f} ({low:+.2f} to {high:+.2f})",
             f">= -{MARGIN:g}: {'met' if gain >= -MARGIN else 'NOT MET'}",
             f"{rise:+.2f} ({least:+.2f} to {most:+.2f})",
             f"> 0{f', >= {wanted:g}' if wanted else ''}: {'met' if is_above else 'NOT MET'}",
+            " : ".join(f"{statistics.mean(one['cpu_s'] for one in row['runs'][who]) / 60:.1f}" for who in SIDES),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def finetuned(args: argparse.Namespace, corpus: Path, mode: str, is_pretrained: bool, seed: int) -> dict[str, Any]:
-    """One `eagleray finetune` of Lite0, judged on the test split; kept by what it was told."""
+def finetuned(
+    args: argparse.Namespace, budget: Budget, corpus: Path, mode: str, is_pretrained: bool, seed: int
+) -> dict[str, Any] | None:
+    """One `eagleray finetune` of Lite0, judged on the test split; kept by what it was told. None: no time for it."""
     parent = "lite0" if is_pretrained else "tf_efficientnet_lite0"
     settings = {"split": "train", "judge": "test", "seed": seed, "allow_missing": True, "has_report": False}
     if not is_pretrained:
@@ -174,6 +256,8 @@ def finetuned(args: argparse.Namespace, corpus: Path, mode: str, is_pretrained: 
     about = "-".join(str(settings[name]) for name in ("epochs", "max_steps") if name in settings)
     kept = args.cache / "quality" / f"finetune-{corpus.name}-{mode}-{parent}-{about}-seed{seed}.json"
     if not kept.is_file():
+        if not budget.allows(mode):
+            return None
         out = args.cache / "quality-runs" / kept.stem
         for path in (out, Path(f"{out}.run")):
             shutil.rmtree(path, ignore_errors=True)
@@ -185,6 +269,7 @@ def finetuned(args: argparse.Namespace, corpus: Path, mode: str, is_pretrained: 
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({**told["evaluation"], "images": told["images"], "seconds": cost.seconds}))
     found: dict[str, Any] = json.loads(kept.read_bytes())
+    budget.took(mode, found["seconds"])
     top1 = found["top1"]
     print(f"#   {kept.stem}: {top1['value']:.3f} ({top1['low']:.3f} to {top1['high']:.3f})", flush=True)
     return found
@@ -195,13 +280,15 @@ def whole_corpus(args: argparse.Namespace, name: str) -> Path:
     return learning_data.ingested(args.cache, learning_data.data_folder() / f"{learning_data.SETS[name][0]}.zip")
 
 
-def finetune(args: argparse.Namespace) -> list[dict[str, Any]]:
+def finetune(args: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
     """A row for each set and start."""
     rows = []
     for name in args.finetune_sets:
         corpus = whole_corpus(args, name)
         for mode, is_pretrained in (("head", True), ("full", True), ("full", False)):
-            found = finetuned(args, corpus, mode, is_pretrained, seed=1)
+            found = finetuned(args, budget, corpus, mode, is_pretrained, seed=1)
+            if found is None:
+                continue
             start = "published weights" if is_pretrained else "random weights"
             rows.append({"set": name, "mode": mode, "start": start, **found})
     return rows
@@ -235,16 +322,19 @@ def _interval(figure: dict[str, Any]) -> str:
     return f"{figure['low']:.3f} to {figure['high']:.3f}" if figure["low"] is not None else "no interval"
 
 
-def few(args: argparse.Namespace) -> list[dict[str, Any]]:
+def few(args: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
     """A row for each set, start and share: top-1 by seed."""
     rows = []
     for name in args.finetune_sets:
         for is_pretrained in (True, False):
             for share in args.shares:
-                found = []
+                tried = []
                 for seed in range(1, args.seeds + 1):
                     corpus = learning_data.few_labels(args.cache, name, share, seed)
-                    found.append(finetuned(args, corpus, "head", is_pretrained, seed))
+                    tried.append(finetuned(args, budget, corpus, "head", is_pretrained, seed))
+                found = [one for one in tried if one is not None]
+                if not found:
+                    continue
                 start = "published weights" if is_pretrained else "random weights"
                 tops, images = [one["top1"]["value"] for one in found], found[0]["images"]
                 rows.append({"set": name, "start": start, "share": share, "images": images, "top1": tops})
@@ -286,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     args.cache.mkdir(parents=True, exist_ok=True)
-    began, target = time.time(), args.json or args.cache / "bench_quality.json"
+    budget, began, target = Budget(args.minutes), time.time(), args.json or args.cache / "bench_quality.json"
     packages = {name: metadata.version(name) for name in ("torch", "timm", "lightly")}
     found: dict[str, Any] = {"machine": {**describe_machine(args), **packages}}
     print("\n".join(f"# {name}: {value}" for name, value in found["machine"].items()), flush=True)
@@ -296,13 +386,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("few", few, few_table),
     ):
         if part in args.only:
-            found[part] = run(args)
+            found[part] = run(args, budget)
             print(table(found[part]), flush=True)
-    if "few" in found:
+    if found.get("few"):
         print(f"\n# the curve: {plot(found['few'], args.cache / 'few-labels')}")
     found["minutes"] = round((time.time() - began) / 60, 1)
     target.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n# {found['minutes']} minutes; every figure in {target}")
+    left = f"; {budget.left_out} runs are left: the same command again does them" if budget.left_out else ""
+    print(f"\n# {found['minutes']} minutes{left}; every figure in {target}")
     shutil.rmtree(args.cache / "quality-runs", ignore_errors=True)
 
 

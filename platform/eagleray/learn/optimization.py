@@ -27,6 +27,8 @@ ensure_importable()
 
 from timm.optim import Lars, param_groups_layer_decay  # noqa: E402  torchvision must be importable first
 
+FUSED_ON = ("cpu", "cuda")
+
 
 class OptimizerSettings(Config):
     """What moves the weights.
@@ -141,7 +143,9 @@ def make_optimizer(
         for group in split_groups(groups)
     ]
     if settings.name == "adamw":
-        return torch.optim.AdamW(split, lr=lr, betas=settings.betas)
+        # one kernel over all tensors: on a CPU 2.8 ms a step for Lite0, where the default takes 9 (docs/log.md)
+        is_fused = all(one.device.type in FUSED_ON for group in split for one in group["params"])
+        return torch.optim.AdamW(split, lr=lr, betas=settings.betas, fused=is_fused)
     if settings.name == "sgd":
         return torch.optim.SGD(split, lr=lr, momentum=settings.momentum)
     # timm's Lars leaves groups without weight decay at the plain learning rate: norms and biases are not adapted

@@ -153,7 +153,8 @@ def train(
     if start is not None:
         loop.restore(start)
     devices = [place] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # the caller's generator stays as it was
+    # the caller's generator stays as it was
+    with memory.kept_for_reuse(place), torch.random.fork_rng(devices=devices):
         return loop.run()
 
 

@@ -57,7 +57,10 @@ class SimCLR(nn.Module):  # type: ignore[misc]
         return simclr_plan(size_px)
 
     def training_step(self, batch: Mapping[str, Any], progress: Progress) -> StepOutput:
-        """The loss of two views; both go through the network as one batch, as in the authors' code.
+        """The loss of two views; each is its own batch for the norms, as in lightly's examples.
+
+        The authors' code takes both as one batch: then the running averages, with which the finished backbone sees,
+        move half as often, and after few steps lag behind the weights (docs/log.md).
 
         Args:
             batch: With ``views``: two float tensors (N, 3, H, W).
@@ -67,12 +70,12 @@ class SimCLR(nn.Module):  # type: ignore[misc]
             ConfigError: Not two views.
         """
         views = views_of(batch, at_least=2, at_most=2)
-        features = self.backbone(torch.cat(views))
-        projected = self.projector(features)
-        with torch.autocast(projected.device.type, enabled=False):  # similarities over tau: not in half precision
-            loss = self.criterion(*wide(projected).chunk(2))
-        logs = {"projection_spread": projection_spread(projected)}
-        return StepOutput(loss=loss, logs=logs, embedding=wide(features.detach()[: len(views[0])]))
+        features = [self.backbone(view) for view in views]
+        projected = [self.projector(one) for one in features]
+        with torch.autocast(projected[0].device.type, enabled=False):  # similarities over tau: not in half precision
+            loss = self.criterion(*(wide(one) for one in projected))
+        logs = {"projection_spread": projection_spread(torch.cat(projected))}
+        return StepOutput(loss=loss, logs=logs, embedding=wide(features[0].detach()))
 
     def after_step(self, progress: Progress) -> None:
         """Nothing: there is no teacher."""
