@@ -68,9 +68,9 @@ class Training:
         line += ["--workers", workers, "--address", self.ray.address]
         return line + [word for setting in settings for word in ("--set", setting)]
 
-    def start(self, *more: str, workers: str = "2", slow_ms: int = 0) -> subprocess.Popen[bytes]:
+    def start(self, *more: str, workers: str = "2", slow_ms: int = 0, **faults: Any) -> subprocess.Popen[bytes]:
         (self.home / "consumed").mkdir(parents=True, exist_ok=True)
-        self.ray.go_wrong(slow_step_ms=slow_ms, consumed=str(self.home / "consumed"))
+        self.ray.go_wrong(slow_step_ms=slow_ms, consumed=str(self.home / "consumed"), **faults)
         return start(self.env, *self.words(*more, workers=workers), log=self.home / "log")
 
     def log(self) -> str:
@@ -212,6 +212,24 @@ def test_ctrl_c_checkpoints_says_how_to_resume_and_the_resume_changes_no_bit(
     assert storage.read_json(training.folder.root / "run.json")["state"] == "stopped"
     training.assert_done(training.start())
     assert training.weights() == undisturbed.weights()
+
+
+def test_a_driver_killed_before_its_bundle_or_while_it_leaves_ray_loses_nothing(
+    training: Training, undisturbed: Training
+) -> None:
+    driver = training.start(die_before="bundle")
+    driver.wait(240)
+    assert (driver.returncode, training.checkpoint()) == (-signal.SIGKILL, STEPS), training.log()
+    assert not training.out.exists()
+    again = training.start(die_before="disconnect")  # as Ray's own core was seen to die there
+    again.wait(240)
+    assert again.returncode == -signal.SIGKILL, training.log()
+    assert [row["step"] for row in read_lines(training.folder.starts)] == [0, STEPS]
+    assert set(Counter((row["step"], row["rank"]) for row in training.steps()).values()) == {1}
+    assert training.weights() == undisturbed.weights()
+    assert (training.folder.root / "record.json").exists()
+    training.assert_done(training.start())
+    assert "nothing to do" in training.log()
 
 
 def test_two_workers_become_one_and_two_again(training: Training, undisturbed: Training) -> None:

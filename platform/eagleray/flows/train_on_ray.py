@@ -11,7 +11,8 @@ the run's folder, which every node sees. Three things Ray Train leaves to its ca
   waits for it to renew): an elastic run would begin with what is left, or not at all. The next entry gives them back.
 
 Example:
-    >>> train_on_ray(run, is_asked=lambda: False)["is_finished"]
+    >>> with ExitStack() as connection:
+    ...     train_on_ray(run, lambda: False, connection)["is_finished"]
     True
 """
 
@@ -23,6 +24,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,13 @@ class Lost(Exception):
     """Ray Train gave up, or its controller died: the run can be entered again."""
 
 
-def train_on_ray(run: Run, is_asked: Callable[[], bool]) -> dict[str, Any]:
+def train_on_ray(run: Run, is_asked: Callable[[], bool], connection: ExitStack) -> dict[str, Any]:
     """Trains on Ray Train until the end of the run or until it is told to stop.
 
     Args:
         run: The run.
         is_asked: Whether a person wants it to stop.
+        connection: Takes the connection to Ray, which the caller ends: after what counts is written.
 
     Returns:
         What rank 0's ``run_worker`` answered.
@@ -64,12 +67,13 @@ def train_on_ray(run: Run, is_asked: Callable[[], bool]) -> dict[str, Any]:
     idle = 0
     while True:
         before, spec = _newest_step(run.folder), run.spec()
+        where = connection.enter_context(runtime.cluster(run.config.address))
+        _check_resources(run.config, where)
+        run.where.update(where)
         try:
-            with runtime.cluster(run.config.address) as where:
-                _check_resources(run.config, where)
-                run.where.update(where)
-                answer = _fit(run, spec, is_asked)
+            answer = _fit(run, spec, is_asked)
         except Lost as lost:
+            connection.close()
             idle = idle + 1 if _newest_step(run.folder) == before else 0
             if idle >= MOST_IDLE_ENTRIES or is_asked():
                 raise ClusterError(
@@ -111,15 +115,15 @@ def _fit(run: Run, spec: Spec, is_asked: Callable[[], bool]) -> dict[str, Any]:
     Raises:
         Lost: Ray Train gave up, or its controller died.
     """
-    trainer = make_trainer(run, spec)
-    _release(run.folder.take_ray_run(trainer.train_run_context.run_id))
     outcome: dict[str, Any] = {}
 
     def fit() -> None:  # not in the main thread: there Ray Train would take Ctrl-C for itself
         try:
+            trainer = make_trainer(run, spec)
+            _release(run.folder.take_ray_run(trainer.train_run_context.run_id))
             outcome["answer"] = trainer.fit().return_value
-        except BaseException as error:  # noqa: BLE001  handed to the main thread, which answers
-            outcome["error"] = error
+        except BaseException as error:  # noqa: BLE001  for the main thread; not as it is: its frames hold Ray's handles
+            outcome["error"] = _lost(error, run.folder, spec)
 
     tail, began = Tail(run.folder.metrics, since=time.time()), _Starts(run)
     thread = threading.Thread(target=fit, daemon=True, name="eagleray-fit")
@@ -132,7 +136,7 @@ def _fit(run: Run, spec: Spec, is_asked: Callable[[], bool]) -> dict[str, Any]:
         if is_asked():
             run.folder.ask_to_stop(spec.attempt)
     if "error" in outcome:
-        raise _lost(outcome["error"], run.folder, spec)
+        raise outcome["error"]
     answer: dict[str, Any] = outcome["answer"]
     return answer
 
