@@ -133,12 +133,18 @@ class RunFolder:
             return None
         return error
 
+    def take_ray_run(self, run_id: str) -> str:
+        """Notes Ray Train's id of this entry and gives that of the one before; empty when there was none."""
+        path = self.root / ".ray-run"
+        before = path.read_text().strip() if path.exists() else ""
+        storage.write_atomic(path, f"{run_id}\n".encode())
+        return before
+
     def clean(self) -> None:
         """Takes out what a finished run needs no more."""
-        for path in self.root.glob(".stop-*"):
-            path.unlink(missing_ok=True)
-        for path in self.root.glob(".error-*.json"):
-            path.unlink(missing_ok=True)
+        for pattern in (".stop-*", ".error-*.json", ".ray-run"):
+            for path in self.root.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def cut_metrics(self, step: int) -> None:
         """Takes out the reports after a step, which the run is about to make again."""

@@ -14,6 +14,7 @@ Example:
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -82,7 +83,13 @@ def cluster(address: str | None) -> Iterator[dict[str, Any]]:
         }
     finally:
         if not was_connected:
-            ray.shutdown()
+            _disconnect(ray)
+
+
+def _disconnect(ray: Any) -> None:
+    """Leaves Ray; what still refers to it goes first, as its core was seen to die of an answer that came too late."""
+    gc.collect()
+    ray.shutdown()
 
 
 def _prepare_environment(*, is_embedded: bool) -> None:

@@ -2,7 +2,8 @@
 
 Whatever ends a run early, the same command goes on from the newest good checkpoint. Ctrl-C, SIGTERM and a preemption
 notice make a checkpoint first. Where Ray Train's controller dies, which it does not survive, the flow connects anew and
-enters the run again, by the same name and storage.
+enters the run again, by the same name and storage. The bundle and what explains it are written before Ray is left: a
+process was seen to die of a fault of Ray's own while it disconnected.
 
 Example:
     >>> run_training("eagleray.flows.pretrain", PretrainConfig(...))["bundle"]
@@ -17,9 +18,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eagleray.core.config import digest_json
 from eagleray.core.errors import CapabilityError, ConfigError
@@ -29,9 +30,6 @@ from eagleray.flows.train_worker import Seat, run_worker
 from eagleray.flows.training_config import TrainingConfig
 from eagleray.flows.training_run import Run, command_line, opened
 from eagleray.vision.bundle import HEAD, load_bundle
-
-if TYPE_CHECKING:
-    from eagleray.learn.work import Work
 
 
 def run_training(
@@ -48,17 +46,17 @@ def run_training(
         for note in work.notes:
             run.line.note(note)
         training_outputs.write_running(run, work)
-        answer = train(run, work)
-        if not answer["is_finished"]:
-            training_outputs.write_stopped(run, answer)
-            run.line.note(
-                f"a checkpoint of step {answer['step']:,} of {answer['num_steps']:,} is in {run.folder.checkpoints}\n"
-                f"resume: {command_line()}"
-            )
-            raise KeyboardInterrupt
-        state = training_outputs.final_state(run, work)
-        made = module.make_bundle(config, state)
-        return training_outputs.finish(run, work, answer, made, judge=getattr(module, "judge", None))
+        with trained(run) as answer:
+            if not answer["is_finished"]:
+                training_outputs.write_stopped(run, answer)
+                run.line.note(
+                    f"a checkpoint of step {answer['step']:,} of {answer['num_steps']:,} is in "
+                    f"{run.folder.checkpoints}\nresume: {command_line()}"
+                )
+                raise KeyboardInterrupt
+            state = training_outputs.final_state(run, work)
+            made = module.make_bundle(config, state)
+            return training_outputs.finish(run, work, answer, made, judge=getattr(module, "judge", None))
 
 
 def already_done(run: Run, key: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -106,32 +104,39 @@ def refuse_other(run: Run, key: Mapping[str, Any]) -> None:
         )
 
 
-def train(run: Run, work: Work) -> dict[str, Any]:
-    """Trains where the config says.
+@contextmanager
+def trained(run: Run) -> Iterator[dict[str, Any]]:
+    """Trains where the config says; where that is Ray, it stays connected until the end of the ``with``.
 
-    Returns:
+    Yields:
         What ``run_worker`` answers.
     """
+    with ExitStack() as connection:
+        with _asked_to_stop() as is_asked:
+            answer = _train(run, is_asked, connection)
+        yield answer
+
+
+def _train(run: Run, is_asked: Callable[[], bool], connection: ExitStack) -> dict[str, Any]:
     config = run.config
-    with _asked_to_stop() as is_asked:
-        if config.is_on_ray:
-            from eagleray.flows.train_on_ray import train_on_ray
+    if config.is_on_ray:
+        from eagleray.flows.train_on_ray import train_on_ray
 
-            return train_on_ray(run, is_asked)
-        device = "cuda" if config.num_gpus > 0 else "cpu"
-        _check_device(device)
-        run.where.update({"mode": "in process", "cpus": cores(), "gpus": int(config.num_gpus), "workers": 1})
+        return train_on_ray(run, is_asked, connection)
+    device = "cuda" if config.num_gpus > 0 else "cpu"
+    _check_device(device)
+    run.where.update({"mode": "in process", "cpus": cores(), "gpus": int(config.num_gpus), "workers": 1})
 
-        def tell(row: Mapping[str, Any]) -> None:
-            run.line.show(row["line"])
+    def tell(row: Mapping[str, Any]) -> None:
+        run.line.show(row["line"])
 
-        if not config.is_fed_by_ray:
-            return run_worker(run.spec(), Seat(device=device), is_stopped=is_asked, tell=tell)
-        from eagleray.flows import runtime
-        from eagleray.flows.ray_feed import ray_batches
+    if not config.is_fed_by_ray:
+        return run_worker(run.spec(), Seat(device=device), is_stopped=is_asked, tell=tell)
+    from eagleray.flows import runtime
+    from eagleray.flows.ray_feed import ray_batches
 
-        with runtime.cluster(config.address):
-            return run_worker(run.spec(), Seat(device=device), is_stopped=is_asked, tell=tell, make_batches=ray_batches)
+    connection.enter_context(runtime.cluster(config.address))
+    return run_worker(run.spec(), Seat(device=device), is_stopped=is_asked, tell=tell, make_batches=ray_batches)
 
 
 def _check_device(device: str) -> None:

@@ -1,15 +1,18 @@
 """The same worker on Ray Train V2: data-parallel, gloo on CPUs and NCCL on GPUs, elastic, restarted when one dies.
 
 Ray decides where workers are and starts them again; the run itself (checkpoints, position in the data, figures) is in
-the run's folder, which every node sees. Two things Ray Train leaves to its caller are answered here:
+the run's folder, which every node sees. Three things Ray Train leaves to its caller are answered here:
 
 - an error that no restart would mend (a diverged loss, a corpus that changed) must not be retried: the worker keeps it
   in the folder, and those that are started next return it instead of training;
 - the controller is one actor without restarts. When it dies, the flow connects anew (what the old connection held is
-  then freed by Ray) and enters the run again.
+  then freed by Ray) and enters the run again;
+- the CPUs and GPUs that a dead controller had reserved stay reserved for three minutes (Ray's AutoscalingCoordinator
+  waits for it to renew): an elastic run would begin with what is left, or not at all. The next entry gives them back.
 
 Example:
-    >>> train_on_ray(run, is_asked=lambda: False)["is_finished"]
+    >>> with ExitStack() as connection:
+    ...     train_on_ray(run, lambda: False, connection)["is_finished"]
     True
 """
 
@@ -21,6 +24,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +39,22 @@ from eagleray.flows.training_run import Run
 MOST_IDLE_ENTRIES = 3  # in a row that ended without a new checkpoint
 LOOK_EVERY_S = 0.2
 COLLECTIVE_TIMEOUT_S = 1800  # torch's own default for gloo; a dead peer is noticed at once, by its closed connection
+COORDINATOR = "AutoscalingCoordinator"  # of Ray 2.60: the name and the namespace of the actor that reserves
+COORDINATOR_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
 
 
 class Lost(Exception):
     """Ray Train gave up, or its controller died: the run can be entered again."""
 
 
-def train_on_ray(run: Run, is_asked: Callable[[], bool]) -> dict[str, Any]:
+def train_on_ray(run: Run, is_asked: Callable[[], bool], connection: ExitStack) -> dict[str, Any]:
     """Trains on Ray Train until the end of the run or until it is told to stop.
 
     Args:
         run: The run.
         is_asked: Whether a person wants it to stop.
+        connection: Takes the connection to Ray, which the caller ends: after what counts is written.
 
     Returns:
         What rank 0's ``run_worker`` answered.
@@ -59,12 +67,13 @@ def train_on_ray(run: Run, is_asked: Callable[[], bool]) -> dict[str, Any]:
     idle = 0
     while True:
         before, spec = _newest_step(run.folder), run.spec()
+        where = connection.enter_context(runtime.cluster(run.config.address))
+        _check_resources(run.config, where)
+        run.where.update(where)
         try:
-            with runtime.cluster(run.config.address) as where:
-                _check_resources(run.config, where)
-                run.where.update(where)
-                answer = _fit(run, spec, is_asked)
+            answer = _fit(run, spec, is_asked)
         except Lost as lost:
+            connection.close()
             idle = idle + 1 if _newest_step(run.folder) == before else 0
             if idle >= MOST_IDLE_ENTRIES or is_asked():
                 raise ClusterError(
@@ -106,14 +115,15 @@ def _fit(run: Run, spec: Spec, is_asked: Callable[[], bool]) -> dict[str, Any]:
     Raises:
         Lost: Ray Train gave up, or its controller died.
     """
-    trainer = make_trainer(run, spec)
     outcome: dict[str, Any] = {}
 
     def fit() -> None:  # not in the main thread: there Ray Train would take Ctrl-C for itself
         try:
+            trainer = make_trainer(run, spec)
+            _release(run.folder.take_ray_run(trainer.train_run_context.run_id))
             outcome["answer"] = trainer.fit().return_value
-        except BaseException as error:  # noqa: BLE001  handed to the main thread, which answers
-            outcome["error"] = error
+        except BaseException as error:  # noqa: BLE001  for the main thread; not as it is: its frames hold Ray's handles
+            outcome["error"] = _lost(error, run.folder, spec)
 
     tail, began = Tail(run.folder.metrics, since=time.time()), _Starts(run)
     thread = threading.Thread(target=fit, daemon=True, name="eagleray-fit")
@@ -126,9 +136,25 @@ def _fit(run: Run, spec: Spec, is_asked: Callable[[], bool]) -> dict[str, Any]:
         if is_asked():
             run.folder.ask_to_stop(spec.attempt)
     if "error" in outcome:
-        raise _lost(outcome["error"], run.folder, spec)
+        raise outcome["error"]
     answer: dict[str, Any] = outcome["answer"]
     return answer
+
+
+def _release(run_id: str) -> None:
+    """Gives back what Ray has reserved for an entry whose controller, or whose driver, died; nothing where it ended."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    if not run_id:
+        return
+    try:
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+        ray.get(coordinator.cancel_request.remote(f"train-{run_id}"), timeout=COORDINATOR_TIMEOUT_S)
+    except ValueError:
+        return  # nobody has reserved anything since this cluster began
+    except (RayError, GetTimeoutError) as error:
+        log.warning("Ray keeps what the entry before had reserved for three minutes: %s", error)
 
 
 class _Starts:

@@ -9,6 +9,7 @@ so that one cluster serves many journeys:
 - ``stop_before_commit``: path of a marker file; the first worker that comes to commit stops itself there (SIGSTOP);
 - ``slow_step_ms``: every training step sleeps so long;
 - ``consumed``: folder; every training step writes there which images it took, one file a process;
+- ``die_before``: ``bundle`` or ``disconnect``: the driver of a training kills itself just before that;
 - ``no_space_at``: the n-th durable write of the run fails with ENOSPC; ``no_space_counts``: folder that counts them.
 """
 
@@ -105,6 +106,23 @@ def patch_storage(module: Any) -> None:
     module.flush = failing
 
 
+def _dying(before: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if faults().get("die_before") == before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def patch_outputs(module: Any) -> None:
+    module.write_bundle = _dying("bundle", module.write_bundle)
+
+
+def patch_runtime(module: Any) -> None:
+    module._disconnect = _dying("disconnect", module._disconnect)
+
+
 def patch_training(module: Any) -> None:
     run = module._Loop._step
 
@@ -123,6 +141,8 @@ def patch_training(module: Any) -> None:
 
 
 PATCHES = {
+    "eagleray.flows.runtime": patch_runtime,
+    "eagleray.flows.training_outputs": patch_outputs,
     "eagleray.learn.training": patch_training,
     "eagleray.vision.images": patch_images,
     "eagleray.core.commits": patch_commits,
