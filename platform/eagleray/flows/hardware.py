@@ -189,3 +189,8 @@ def _nvidia_smi() -> str | None:
         return subprocess.run(query, capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def gpu_name() -> str:
+    """The first GPU's name as its driver says it; empty where there is none."""
+    return (_nvidia_smi() or "").split("\n")[0].split(",")[0].strip()

@@ -137,18 +137,19 @@ class CorpusIndex:
     columns: Mapping[str, pa.ChunkedArray]
 
 
-def read_index(corpus: ShardManifest, rule: SplitRule) -> CorpusIndex:
+def read_index(corpus: ShardManifest, rule: SplitRule, *, also: Sequence[str] = ()) -> CorpusIndex:
     """Reads ids, labels, and the columns that a rule needs.
 
     Args:
         corpus: Opened.
         rule: How it is to be split.
+        also: Further metadata columns, which the corpus has.
 
     Raises:
         ConfigError: The rule names a group column that the corpus lacks.
     """
     group = group_column(corpus.columns, rule)
-    names = [name for name in dict.fromkeys((rule.column, group)) if name in corpus.columns]
+    names = [name for name in dict.fromkeys((rule.column, group, *also)) if name in corpus.columns]
     schema = pa.schema(
         [("id", pa.string()), ("labels", pa.list_(pa.string())), *((name, pa.string()) for name in names)]
     )
