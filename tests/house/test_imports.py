@@ -35,6 +35,7 @@ WALLS = {
     "tensorrt_rtx": ("eagleray.infer.runtimes",),
     "nncf": ("eagleray.infer.quantization",),
     "onnx": (
+        "eagleray.infer.complexity",
         "eagleray.infer.export",
         "eagleray.infer.quantization",
         "eagleray.infer.runtimes",

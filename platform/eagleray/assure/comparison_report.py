@@ -32,11 +32,14 @@ def comparison_blocks(found: Comparison) -> Iterator[blocks.Block]:
         note=f"{second} minus {first} on the same images, {100 * way.level:g} % of {way.resamples:,} paired resamples "
         f"of {way.units:,} {drawn}. ECE is an error: there, lower is better.",
     )
+    counts = {
+        "both are right": found.both,
+        f"only {first} is right": found.only_first,
+        f"only {second} is right": found.only_second,
+        "neither is right": found.neither,
+    }
     rows = (
-        ("both are right", found.both),
-        (f"only {first} is right", found.only_first),
-        (f"only {second} is right", found.only_second),
-        ("neither is right", found.neither),
+        *((what, f"{number:,}") for what, number in counts.items()),
         ("both give the same answer", found.agreement.text),
         ("McNemar's exact test, p", f"{found.p_value:.3g}"),
     )

@@ -38,7 +38,18 @@ from eagleray.vision.bundle import ModelBundle
 from eagleray.vision.inputs import Selection
 from eagleray.vision.metrics import Answers
 
-__all__ = ["EvaluateConfig", "Judged", "Subject", "resolve", "run"]
+__all__ = [
+    "MOST_LABELS",
+    "SCORING",
+    "EvaluateConfig",
+    "Judged",
+    "Subject",
+    "read_scored",
+    "resolve",
+    "run",
+    "score_images",
+    "targets_of",
+]
 
 MOST_LABELS = 1000  # of a row that scoring keeps
 
@@ -88,10 +99,7 @@ def run(config: EvaluateConfig, *, is_quiet: bool = False, is_live: bool | None 
     _refuse_foreign(subject.root)
     root = storage.make_folder(config.out)
     with storage.only_writer(root / ".lock", what=str(root)):
-        for place, bundle in ((SCORING, subject.bundle), (COMPARED, subject.other)):
-            if bundle is not None:
-                scoring = _score_config(subject, place, bundle)
-                score.run(scoring, selection=Selection(subject.keep), is_quiet=is_quiet, is_live=is_live)
+        score_images(subject, is_quiet=is_quiet, is_live=is_live)
         key = evaluate_outputs.key(subject)
         previous = evaluate_outputs.read_finished(subject, key)
         if previous is not None:
@@ -113,6 +121,28 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
+def score_images(subject: Subject, *, is_quiet: bool, is_live: bool | None) -> None:
+    """Scores the images that are kept, as an archive is scored: what is there already is not scored again."""
+    for place, bundle in ((SCORING, subject.bundle), (COMPARED, subject.other)):
+        if bundle is not None:
+            scoring = _score_config(subject, place, bundle)
+            score.run(scoring, selection=Selection(subject.keep), is_quiet=is_quiet, is_live=is_live)
+
+
+def read_scored(subject: Subject) -> ScoredAnswers:
+    """What the model said of the images that are kept, in their order.
+
+    Raises:
+        ArtifactError: A part of the scores does not hold.
+    """
+    return _read(subject, SCORING, subject.bundle)
+
+
+def _read(subject: Subject, place: str, bundle: ModelBundle) -> ScoredAnswers:
+    ids = [name.decode() for name in subject.index.ids[subject.keep].tolist()]
+    return read_answers(subject.root / place, bundle.label_ids, ids)
+
+
 def _score_config(subject: Subject, place: str, bundle: ModelBundle) -> score.ScoreConfig:
     """Every label's probability is kept: ROC-AUC, mAP and top-5 need more than the first answer."""
     asked = subject.config
@@ -128,15 +158,11 @@ def _score_config(subject: Subject, place: str, bundle: ModelBundle) -> score.Sc
     )
 
 
-def _ids(subject: Subject) -> list[str]:
-    return [name.decode() for name in subject.index.ids[subject.keep].tolist()]
-
-
 def _judge(subject: Subject) -> Judged:
     """Compares what was scored with the labels."""
     config, bundle, other = subject.config, subject.bundle, subject.other
-    scored = read_answers(subject.root / SCORING, bundle.label_ids, _ids(subject))
-    compared = read_answers(subject.root / COMPARED, other.label_ids, _ids(subject)) if other else None
+    scored = read_scored(subject)
+    compared = _read(subject, COMPARED, other) if other else None
     is_scored = scored.is_scored if compared is None else scored.is_scored & compared.is_scored
     scored = replace(scored, is_scored=is_scored)
     if not is_scored.any():
@@ -149,11 +175,11 @@ def _judge(subject: Subject) -> Judged:
     if subject.splits.group_column:
         kept = subject.splits.groups[subject.keep][is_scored]
         groups = np.unique(kept, return_inverse=True)[1].astype(np.int64)
-    answers = Answers(scored.probabilities[is_scored], _targets(subject, bundle)[is_scored], config.threshold)
+    answers = Answers(scored.probabilities[is_scored], targets_of(subject, bundle)[is_scored], config.threshold)
     resampling = Resampling(int(is_scored.sum()), config.resamples, config.seed, config.level, groups)
     comparison = None
     if other is not None and compared is not None:
-        theirs = Answers(compared.probabilities[is_scored], _targets(subject, other)[is_scored], config.threshold)
+        theirs = Answers(compared.probabilities[is_scored], targets_of(subject, other)[is_scored], config.threshold)
         first, second = names_of(bundle, other)
         comparison = compare(
             Contestant(first, bundle.label_ids, answers), Contestant(second, other.label_ids, theirs), resampling
@@ -171,9 +197,11 @@ def _values(subject: Subject, column: str, is_scored: np.ndarray) -> list[str]:
     return [values[at] for at in np.flatnonzero(subject.keep)[is_scored].tolist()]
 
 
-def _targets(subject: Subject, bundle: ModelBundle) -> np.ndarray:
-    """int64 (n,) class of each kept image, or bool (n, C), in the bundle's order of labels."""
-    labels = subject.index.labels
+def targets_of(subject: Subject, bundle: ModelBundle | None = None) -> np.ndarray:
+    """int64 (n,) class of each kept image, or bool (n, C), in the order of a bundle's labels: the subject's own, or
+    that of one that it is compared with.
+    """
+    bundle, labels = bundle or subject.bundle, subject.index.labels
     place = {name: at for at, name in enumerate(bundle.label_ids)}
     to_model = np.array([place.get(name, -1) for name in labels.names], np.int64)
     is_kept = subject.keep[labels.images]

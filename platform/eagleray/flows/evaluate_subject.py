@@ -133,8 +133,12 @@ class Subject:
         return Path(self.config.out)
 
 
-def resolve(config: EvaluateConfig) -> Subject:
+def resolve(config: EvaluateConfig, *, can_allow: bool = True) -> Subject:
     """Opens and checks everything that is needed before an image is scored.
+
+    Args:
+        config: The evaluation.
+        can_allow: Whether a leak could be allowed at all, as an error says; what is certified allows none.
 
     Raises:
         ConfigError, DataError, ArtifactError: As ``run`` says.
@@ -151,8 +155,10 @@ def resolve(config: EvaluateConfig) -> Subject:
         )
     splits = assign(index, config.splits)
     in_split = splits.mask(config.split)
-    warnings = [] if config.split == ALL else check_leaks(splits, index, is_allowed=config.allow_leaks)
-    warnings += _seen_in_training(config, bundle, corpus, splits)
+    warnings = (
+        [] if config.split == ALL else check_leaks(splits, index, is_allowed=config.allow_leaks, can_allow=can_allow)
+    )
+    warnings += _seen_in_training(config, bundle, corpus, splits, can_allow=can_allow)
     missing = check_classes(splits, labels, config.split, is_allowed=config.allow_missing)
     if missing:
         warnings.append(
@@ -174,7 +180,7 @@ def resolve(config: EvaluateConfig) -> Subject:
     is_multi = _is_multi_label(config, bundle, index, keep)
     other = _other(config, index, keep)
     if other is not None:
-        warnings += _seen_in_training(config, other, corpus, splits)
+        warnings += _seen_in_training(config, other, corpus, splits, can_allow=can_allow)
     return Subject(config, corpus, bundle, index, splits, keep, is_multi, left_out, tuple(warnings), other)
 
 
@@ -248,7 +254,9 @@ def _is_multi_label(config: EvaluateConfig, bundle: ModelBundle, index: CorpusIn
     return config.task == "multi_label"
 
 
-def _seen_in_training(config: EvaluateConfig, bundle: ModelBundle, corpus: ShardManifest, splits: Splits) -> list[str]:
+def _seen_in_training(
+    config: EvaluateConfig, bundle: ModelBundle, corpus: ShardManifest, splits: Splits, *, can_allow: bool
+) -> list[str]:
     """Whether the bundle's lineage says that it was trained on images that it is to be judged by.
 
     ``lineage["trained_on"]`` holds ``corpus`` (its digest), ``split`` (what Splits.to_json gave), ``names`` (the splits
@@ -269,7 +277,7 @@ def _seen_in_training(config: EvaluateConfig, bundle: ModelBundle, corpus: Shard
         raise DataError(
             seen,
             expected=f"the split of the training, and a part of it that was held out; its rule: {before.get('rule')}",
-            fix="name such a split, or set allow_leaks=true to judge all the same",
+            fix="name such a split" + (", or set allow_leaks=true to judge all the same" if can_allow else ""),
         )
     return [seen]
 
