@@ -1,14 +1,13 @@
 """Judges one bundle of a release: its accuracy, how it differs from the parent, what it takes, whether it may pass.
 
 Example:
-    >>> judge(Bench(config, note), parent, None, Path("bundles/b2.run/0-parent")).accuracy.text
+    >>> Bench(config, parent, home).judge(parent, home, row).accuracy.text
     '0.934 (0.905 to 0.961)'
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,26 +51,31 @@ class Bench:
 
     Attributes:
         config: The release's.
-        note: Tells a person.
-        judged: The parent's answers, once it was judged.
+        bundle: The parent.
+        home: The parent's folder.
     """
 
     config: ReleaseConfig
-    note: Callable[[str], None]
-    judged: dict[str, Judged] = field(default_factory=dict)
+    bundle: ModelBundle
+    home: Path
+
+    @cached_property
+    def parent(self) -> Judged:
+        """The parent's answers."""
+        return self._evaluate(self.bundle, self.home)
 
     def judge(self, bundle: ModelBundle, home: Path, row: StepRow) -> StepRow:
         """Fills in a row.
 
         Args:
-            bundle: To be judged; the first is the parent.
+            bundle: To be judged: the parent itself, or what a step made.
             home: Its folder.
             row: What is known of it: its name, what it is.
         """
-        mine = self._evaluate(bundle, home)
-        parent = self.judged.setdefault("parent", mine)
-        found = compared(self.config, parent, mine) if parent is not mine else None
-        takes = self._measure(parent.bundle, bundle)
+        is_parent = bundle is self.bundle
+        mine = self.parent if is_parent else self._evaluate(bundle, home)
+        found = None if is_parent else compared(self.config, self.parent, mine)
+        takes = self._measure(self.bundle, bundle)
         own, theirs = takes["this"], takes["parent"]
         best = own.of(self.config.target)
         work = work_of(best, self.decode_s)
@@ -154,15 +158,14 @@ class Bench:
                 continue
             is_passed &= found.is_passed
             told.append(f"{engine}: |dp| {found.max_abs_dp:.2g}, same answer {found.top1_agreement:.0%}")
-        allowed = (
-            "every engine answers the probe set" if PROBES in bundle.files else "generated probes: it has no own set"
-        )
+        own = "every engine answers the probe set"
+        allowed = own if PROBES in bundle.files else "every engine answers generated probes: it has no set of its own"
         return Gate("parity", is_passed, "; ".join(told) or "no engine", allowed)
 
     @cached_property
     def decode_s(self) -> float:
         """Core-seconds of decoding one image of the split."""
-        subject = self.judged["parent"].subject
+        subject = self.parent.subject
         images = sample(self.config, subject.splits, subject.index, NUM_DECODED)
         return decode_seconds(images, subject.bundle.image_spec)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagleray.core.config import load
 from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
-from eagleray.flows.release_images import Pictures, draw
+from eagleray.flows.release_images import draw
 from eagleray.flows.release_plan import ReleaseConfig, Step
 from eagleray.infer.runtimes.measure import candidates
 from eagleray.vision.bundle import (
@@ -149,7 +149,7 @@ def check(config: ReleaseConfig, bundle: ModelBundle, asked: list[Step]) -> None
         raise CapabilityError(
             f"{config.target} does not run {bundle.name} on {config.device} here",
             expected=f"one of {', '.join(candidates(bundle, config.device)) or 'none'}",
-            fix="run the release on a machine of the kind that it is for (num_gpus=1 for a GPU), or name another target",
+            fix="run the release on a machine that it is for (num_gpus=1 for a GPU), or name another target",
         )
 
 
@@ -260,6 +260,3 @@ def _plain(table: Any) -> Any:
     if hasattr(table, "to_json"):
         return table.to_json()
     return [_plain(row) for row in table] if isinstance(table, list | tuple) else table
-
-
-__all__ = ["STEPS", "Ask", "Pictures", "check", "publish"]
