@@ -106,6 +106,8 @@ def _with_preprocessing(core: Any, data: bytes, bundle: ModelBundle) -> Any:
     scale, bias = bundle.image_spec.scale_and_bias
     try:
         model = core.read_model(data)
+        if model.input(0).get_element_type() == Type.u8:  # an export with its own preprocessing
+            return model
         steps = PrePostProcessor(model)
         steps.input().tensor().set_element_type(Type.u8).set_layout(Layout("NHWC"))
         steps.input().model().set_layout(Layout("NCHW"))
