@@ -14,12 +14,7 @@ from typing import Any
 
 from eagleray.core.errors import CapabilityError, ConfigError
 
-BUILDS = (
-    "",
-    "-gpu",
-    "-cu13",
-    "-cu12",
-)  # how distributions of one import name are called: onnxruntime-gpu, tensorrt-cu13
+BUILDS = ("", "-gpu", "-cu13", "-cu12")  # of one import name, several distributions: onnxruntime-gpu, tensorrt-cu13
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,13 @@ class Entry:
     extra: str = ""
     needs: str = ""
     instead: str = ""
+
+    @property
+    def package(self) -> str:
+        """The import name of what is here of what will do; of what is needed when nothing is."""
+        from importlib.util import find_spec
+
+        return self.instead if self.instead and find_spec(self.needs) is None and self.is_installed else self.needs
 
     @property
     def version(self) -> str:

@@ -107,6 +107,17 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+def export_bundle(bundle: ModelBundle) -> bytes:
+    """The ONNX of a saved bundle that holds a timm model's weights only.
+
+    Raises:
+        ArtifactError: The weights do not fit the architecture, or it cannot be exported.
+    """
+    from eagleray.infer.runtimes.torch_eager import load_model
+
+    return export_onnx(load_model(bundle).model, bundle)
+
+
 def seal_onnx(data: bytes, bundle: ModelBundle, *, has_preprocessing: bool = False) -> bytes:
     """An ONNX file of a bundle as it leaves the house: what the bundle is now in its metadata, in one file.
 

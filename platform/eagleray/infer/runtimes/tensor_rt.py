@@ -21,10 +21,20 @@ import numpy as np
 from eagleray.core.errors import ArtifactError, CapabilityError
 from eagleray.core.storage import sha256_bytes
 from eagleray.infer.export import with_preprocessing
-from eagleray.infer.runtimes import RUNTIMES, Float32, Outputs, Uint8, check_request, check_width, engine_cache
-from eagleray.infer.runtimes.cuda_driver import CudaDriver, Pinned, open_driver
+from eagleray.infer.runtimes import (
+    RUNTIMES,
+    Float32,
+    Outputs,
+    Uint8,
+    check_request,
+    check_width,
+    cuda_driver,
+    engine_cache,
+    tensor_rt_api,
+)
+from eagleray.infer.runtimes.cuda_driver import CudaDriver, Pinned
 from eagleray.infer.runtimes.engine_build import BuildSettings, Target, build_engine
-from eagleray.infer.runtimes.tensor_rt_api import Context, Engine, Library, load_library, make_log
+from eagleray.infer.runtimes.tensor_rt_api import Context, Engine, Library, make_log
 from eagleray.vision.bundle import ONNX, ModelBundle
 from eagleray.vision.onnx_graph import IMAGE
 
@@ -62,15 +72,16 @@ class TensorRt:
             )
         self.version = RUNTIMES[self.name].version
         self.precision = getattr(bundle, "precision", "fp32")
-        library = load_library()
-        self._driver = open_driver()
+        library = tensor_rt_api.load_library()
+        self._driver = cuda_driver.open_driver()
         onnx = with_preprocessing(bundle.read_verified(ONNX), bundle)
         self._settings = settings_of(bundle)
-        target = Target(self._driver.compute_capability, self._driver.name, self._driver.version)
-        key = make_key(library, onnx, target, self._settings)
+        key = make_key(library, onnx, target_of(self._driver), self._settings)
         log = make_log(library)
         self._library_runtime = library.module.Runtime(log)
-        engine: Engine | None = self._library_runtime.deserialize_cuda_engine(provide(library, onnx, key))
+        built = provide(library, onnx, key)
+        self.size_bytes = len(built)
+        engine: Engine | None = self._library_runtime.deserialize_cuda_engine(built)
         if engine is None:
             reason = log.errors[-1] if log.errors else "no reason given"
             raise CapabilityError(
@@ -115,6 +126,11 @@ def settings_of(bundle: ModelBundle) -> BuildSettings:
     """How a bundle's engine is built: a graph of one fixed batch has that bucket only."""
     fixed = bundle.lineage.get("fixed_batch")
     return BuildSettings(buckets=(int(fixed),)) if fixed else BuildSettings()
+
+
+def target_of(driver: CudaDriver) -> Target:
+    """The GPU at hand, as what engines are built for."""
+    return Target(driver.compute_capability, driver.name, driver.version)
 
 
 def make_key(library: Library, onnx: bytes, target: Target, settings: BuildSettings) -> engine_cache.EngineKey:
