@@ -60,7 +60,7 @@ def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | 
 
         put_head(point.model, head)
         made = finetune_start.made_of(config, chosen, point)
-        bundle = training_outputs.write_bundle(run, key, chosen.corpus.digest, made)
+        bundle = training_outputs.write_bundle(run, key, chosen.index, made)
         ended = {"state": "finished", "step": figures.pop("step", 0), "fit": figures, "where": dict(run.where)}
         return training_outputs.close(
             run, key, bundle, {**head_of_run, **ended, **judge(run, config, chosen, is_quiet=is_quiet)}

@@ -1,9 +1,10 @@
 """The model bundle: weights, labels, preprocessing, thresholds and lineage, saved and loaded as one thing.
 
-A bundle is a folder: ``bundle.json``, ``model.safetensors`` and/or ``model.onnx``, and ``config.json`` where the
-architecture is timm's, so that ``timm.create_model("local-dir:BUNDLE")`` loads it. Every file's SHA-256 stands in
-bundle.json and bundle.json holds its own: a changed, missing or added file is refused by name. Weights are parsed only
-from bytes whose digest was just checked (read_verified). No pickle.
+A bundle is a folder: ``bundle.json``, ``model.safetensors`` and/or ``model.onnx``, ``config.json`` where the
+architecture is timm's, so that ``timm.create_model("local-dir:BUNDLE")`` loads it, and ``probes.safetensors``, images
+with the answers that every engine must give (infer/probes.py). Every file's SHA-256 stands in bundle.json and
+bundle.json holds its own: a changed, missing or added file is refused by name. Weights are parsed only from bytes whose
+digest was just checked (read_verified). No pickle.
 
 Example:
     >>> bundle = load_bundle("models/lite0")
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ HEAD = "bundle.json"
 SAFETENSORS = "model.safetensors"
 ONNX = "model.onnx"
 TIMM_CONFIG = "config.json"
+PROBES = "probes.safetensors"
 WEIGHT_FILES = (ONNX, SAFETENSORS)
 FOREIGN = "onnx"  # the architecture of a bundle that was imported from an ONNX file
 
@@ -210,6 +212,7 @@ def save_bundle(
     weights: Mapping[str, bytes | Path],
     *,
     timm_config: Mapping[str, Any] | None = None,
+    probes: bytes | Path | Callable[[ModelBundle], bytes] | None = None,
 ) -> ModelBundle:
     """Writes a bundle aside, then renames it into place: a reader sees all of it or none.
 
@@ -218,6 +221,7 @@ def save_bundle(
         draft: What the bundle is; its path and files are filled in here.
         weights: File name ("model.onnx", "model.safetensors") to its bytes or a file to copy.
         timm_config: What config.json says (backbones.hub_config), for timm architectures.
+        probes: What probes.safetensors is, or what makes it of the bundle as it lies aside, whole but for that file.
 
     Raises:
         ConfigError: The folder holds something else.
@@ -228,21 +232,23 @@ def save_bundle(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        aside.chmod(0o755)  # mkdtemp gives 0700, and a bundle is as readable as any folder
+        home = aside / path.name  # messages about it, while it lies aside, name the bundle
+        home.mkdir()
         for name, source in weights.items():
-            _write(aside / name, source)
+            _write(home / name, source)
         if timm_config is not None:
-            _write(aside / TIMM_CONFIG, _as_text(timm_config))
-        files = {entry.name: sha256_file(entry) for entry in sorted(aside.iterdir())}
-        bundle = replace(draft, path=path, files=files)
-        body = bundle.to_json()
-        _write(aside / HEAD, _as_text({**body, "digest": digest_json(body)}))
-        fsync_dir(aside)
+            _write(home / TIMM_CONFIG, _as_text(timm_config))
+        bundle = replace(draft, path=path, files=_digests(home))
         same = _same_model(path, bundle)
         if same is not None:
             return same
-        aside.rename(path)
-        aside = None
+        if probes is not None:
+            _write(home / PROBES, probes(replace(bundle, path=home)) if callable(probes) else probes)
+            bundle = replace(bundle, files=_digests(home))
+        body = bundle.to_json()
+        _write(home / HEAD, _as_text({**body, "digest": digest_json(body)}))
+        fsync_dir(home)
+        home.rename(path)
         fsync_dir(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -252,6 +258,10 @@ def save_bundle(
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
     return bundle
+
+
+def _digests(home: Path) -> dict[str, str]:
+    return {entry.name: sha256_file(entry) for entry in sorted(home.iterdir())}
 
 
 def _parse_head(path: Path, data: bytes) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ class TorchEager:
         scale, bias = bundle.image_spec.scale_and_bias
         self._scale = torch.from_numpy(scale).view(1, 3, 1, 1).to(device)
         self._bias = torch.from_numpy(bias).view(1, 3, 1, 1).to(device)
-        self._model = _model(bundle).to(device, memory_format=torch.channels_last)
+        self._model = load_model(bundle).to(device, memory_format=torch.channels_last)
         check_width(bundle, int(self._model.model.num_classes))
 
     def run(self, batch_u8_nhwc: Uint8) -> Outputs:
@@ -93,8 +92,8 @@ class TorchEager:
             )
 
 
-def _model(bundle: ModelBundle) -> Any:
-    """The architecture with the bundle's weights, from the very bytes whose digest was checked."""
+def load_model(bundle: ModelBundle) -> WithEmbedding:
+    """The architecture with the bundle's weights, from the very bytes whose digest was checked; in eval mode."""
     try:
         model = create(Backbone(name=bundle.architecture, num_classes=len(bundle.labels), model_args=bundle.model_args))
     except ConfigError as error:
