@@ -155,19 +155,22 @@ def run(config: EvaluateConfig, *, is_quiet: bool = False, is_live: bool | None 
     _refuse_foreign(subject.root)
     root = storage.make_folder(config.out)
     with storage.only_writer(root / ".lock", what=str(root)):
-        scoring = _score_config(subject)
-        score.run(scoring, selection=Selection(subject.keep), is_quiet=is_quiet, is_live=is_live)
+        score_images(subject, is_quiet=is_quiet, is_live=is_live)
         key = evaluate_outputs.key(subject)
         previous = evaluate_outputs.read_finished(subject, key)
         if previous is not None:
             note(f"nothing to do: {previous['n']:,} images are evaluated in {root}")
             return evaluate_outputs.summary(root, previous)
-        scored = read_answers(root / SCORING, subject.bundle.label_ids, _ids(subject))
+        scored = read_scored(subject)
         return evaluate_outputs.finish(subject, key, scored, _judge(subject, scored))
 
 
-def resolve(config: EvaluateConfig) -> Subject:
+def resolve(config: EvaluateConfig, *, can_allow: bool = True) -> Subject:
     """Opens and checks everything that is needed before an image is scored.
+
+    Args:
+        config: The evaluation.
+        can_allow: Whether a leak could be allowed at all, as an error says; what is certified allows none.
 
     Raises:
         ConfigError, DataError, ArtifactError: As ``run`` says.
@@ -183,8 +186,10 @@ def resolve(config: EvaluateConfig) -> Subject:
         )
     splits = assign(index, config.splits)
     in_split = splits.mask(config.split)
-    warnings = [] if config.split == ALL else check_leaks(splits, index, is_allowed=config.allow_leaks)
-    warnings += _seen_in_training(config, bundle, corpus, splits)
+    warnings = (
+        [] if config.split == ALL else check_leaks(splits, index, is_allowed=config.allow_leaks, can_allow=can_allow)
+    )
+    warnings += _seen_in_training(config, bundle, corpus, splits, can_allow=can_allow)
     missing = check_classes(splits, labels, config.split, is_allowed=config.allow_missing)
     if missing:
         warnings.append(
@@ -244,7 +249,9 @@ def _is_multi_label(config: EvaluateConfig, bundle: ModelBundle, index: CorpusIn
     return config.task == "multi_label"
 
 
-def _seen_in_training(config: EvaluateConfig, bundle: ModelBundle, corpus: ShardManifest, splits: Splits) -> list[str]:
+def _seen_in_training(
+    config: EvaluateConfig, bundle: ModelBundle, corpus: ShardManifest, splits: Splits, *, can_allow: bool
+) -> list[str]:
     """Whether the bundle's lineage says that it was trained on images that it is to be judged by.
 
     ``lineage["trained_on"]`` holds ``corpus`` (its digest), ``split`` (what Splits.to_json gave), ``names`` (the splits
@@ -265,7 +272,7 @@ def _seen_in_training(config: EvaluateConfig, bundle: ModelBundle, corpus: Shard
         raise DataError(
             seen,
             expected=f"the split of the training, and a part of it that was held out; its rule: {before.get('rule')}",
-            fix="name such a split, or set allow_leaks=true to judge all the same",
+            fix="name such a split" + (", or set allow_leaks=true to judge all the same" if can_allow else ""),
         )
     return [seen]
 
@@ -283,6 +290,22 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
+def score_images(subject: Subject, *, is_quiet: bool, is_live: bool | None) -> None:
+    """Scores the images that are kept, as an archive is scored: what is there already is not scored again."""
+    scoring = _score_config(subject)
+    score.run(scoring, selection=Selection(subject.keep), is_quiet=is_quiet, is_live=is_live)
+
+
+def read_scored(subject: Subject) -> ScoredAnswers:
+    """What the model said of the images that are kept, in their order.
+
+    Raises:
+        ArtifactError: A part of the scores does not hold.
+    """
+    ids = [name.decode() for name in subject.index.ids[subject.keep].tolist()]
+    return read_answers(subject.root / SCORING, subject.bundle.label_ids, ids)
+
+
 def _score_config(subject: Subject) -> score.ScoreConfig:
     """Every label's probability is kept: ROC-AUC, mAP and top-5 need more than the first answer."""
     asked = subject.config
@@ -298,10 +321,6 @@ def _score_config(subject: Subject) -> score.ScoreConfig:
     )
 
 
-def _ids(subject: Subject) -> list[str]:
-    return [name.decode() for name in subject.index.ids[subject.keep].tolist()]
-
-
 def _judge(subject: Subject, scored: ScoredAnswers) -> Evaluation:
     """Compares what was scored with the labels."""
     config, bundle = subject.config, subject.bundle
@@ -311,7 +330,7 @@ def _judge(subject: Subject, scored: ScoredAnswers) -> Evaluation:
             expected="images that decode",
             fix=f"look at {subject.root / SCORING / 'quarantine.parquet'}",
         )
-    targets = _targets(subject)[scored.is_scored]
+    targets = targets_of(subject)[scored.is_scored]
     groups = None
     if subject.splits.group_column:
         kept = subject.splits.groups[subject.keep][scored.is_scored]
@@ -321,7 +340,7 @@ def _judge(subject: Subject, scored: ScoredAnswers) -> Evaluation:
     return evaluate(answers, bundle.labels, resampling)
 
 
-def _targets(subject: Subject) -> np.ndarray:
+def targets_of(subject: Subject) -> np.ndarray:
     """int64 (n,) class of each kept image, or bool (n, C), in the bundle's order of labels."""
     labels = subject.index.labels
     place = {name: at for at, name in enumerate(subject.bundle.label_ids)}
