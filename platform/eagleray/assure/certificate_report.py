@@ -108,7 +108,7 @@ def _blocks(made: Certificate, about: About) -> Iterator[blocks.Block]:
 def _totals(made: Certificate, about: About) -> blocks.Totals:
     items = [
         blocks.Total(f"{about.unit}s that certify", len(made.certification), "chose nothing"),
-        blocks.Total("images that choose", len(made.selection), "prove nothing"),
+        blocks.Total(f"{about.unit}s that choose", len(made.selection), "prove nothing"),
     ]
     figures = made.figures(None)
     items += [

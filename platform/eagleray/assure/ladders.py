@@ -22,6 +22,7 @@ from eagleray.assure.decision_metrics import METRICS, Cells, Sample
 from eagleray.assure.kpi import Constraint
 
 Float64 = npt.NDArray[np.float64]
+PURE = 1e-6  # weight of the share itself: it decides where no threshold lets enough images through to pass
 MOST_RUNGS = 400  # thresholds of a ladder: more are not told apart by the images that certify
 
 
@@ -59,7 +60,12 @@ class Ladder:
 
 
 def chance(cells: Cells, constraint: Constraint, *, scale: float) -> Any:
-    """How likely a constraint is to pass on ``scale`` times as many images; of cost, which has no counts: 1."""
+    """How likely a constraint is to pass on ``scale`` times as many images; of cost, which has no counts: 1.
+
+    Where none can be expected to pass, what is purest is worth the test: the numbers are a guess.
+    """
+    from scipy.special import betaincinv
+
     metric = METRICS[constraint.metric]
     if metric.count is None:
         return np.ones(np.shape(cells.hits))
@@ -67,7 +73,8 @@ def chance(cells: Cells, constraint: Constraint, *, scale: float) -> Any:
     target = constraint.target
     if metric.op == "<=":
         successes, target = trials - successes, 1 - target
-    return assurance(successes, trials, np.asarray(trials * scale, np.float64), target, constraint.confidence)
+    sure = assurance(successes, trials, np.asarray(trials * scale, np.float64), target, constraint.confidence)
+    return (1 - PURE) * sure + PURE * betaincinv(successes + 0.5, trials - successes + 0.5, 0.1)
 
 
 def label_ladder(sample: Sample, label: int, rivals: Sequence[int]) -> Ladder:

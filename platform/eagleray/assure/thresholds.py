@@ -228,7 +228,7 @@ def path(task: Task, selection: Sample, *, scale: float, temperature: float) -> 
     family = list(dict.fromkeys(_rungs(task, seen, scale)))
     policies = [_policy(task, thresholds, floor, temperature) for thresholds, floor in family]
     sure = [_assured(policy, task, selection, scale) for policy in policies]
-    start = max(range(len(policies)), key=lambda at: (round(sure[at], 3), at))
+    start = max(range(len(policies)), key=lambda at: (round(sure[at], 3) or sure[at], at))
     return policies[start:]
 
 

@@ -285,9 +285,9 @@ def _refuse_too_few(plan: Plan) -> None:
 def _notes(plan: Plan) -> list[str]:
     choose = int(plan.pieces.is_selection.sum())
     certify = len(plan.pieces.is_selection) - choose
-    stands = " (one image for each group)" if plan.pieces.unit == "group" else ""
-    config = plan.subject.config
-    return [f"split {config.split!r}: {choose:,} images choose thresholds, {certify:,} others certify them{stands}"]
+    stands = ", one image of each group" if plan.pieces.unit == "group" else ""
+    split = plan.subject.config.split
+    return [f"split {split!r}: {choose:,} images choose thresholds, {certify:,} others certify them{stands}"]
 
 
 def _certify(plan: Plan) -> Certificate:

@@ -1,7 +1,8 @@
 """Which images choose thresholds and which certify them: a division of a split that is blind to labels.
 
 By a hash of the image, or of its group, under names of their own: neither division has to do with that of the corpus.
-Where there are groups, one image of each certifies: shots of one object are no independent evidence.
+Where there are groups, one image stands for each: shots of one object are no independent evidence, and the two pieces
+must be drawn alike for one to foresee the other.
 
 Example:
     >>> pieces = divide(subject, piece=1.0, selection=0.25, seed=0)
@@ -38,7 +39,7 @@ class Pieces:
         keep: bool (N,) of the whole corpus: images of either piece.
         is_selection: bool (n,) of those kept: whether it chooses; the others certify.
         num_set_aside: Images of the split that are in neither piece: held back, or not the one of their group.
-        unit: ``image`` or ``group``: what one of the certifying images stands for.
+        unit: ``image`` or ``group``: what an image stands for.
     """
 
     keep: Bool
@@ -79,13 +80,13 @@ def divide(subject: Subject, *, piece: float, selection: float, seed: int) -> Pi
     is_used = hash_points([f"certify piece:{text}" for text in texts], seed) < piece
     is_selection = hash_points([f"certify selection:{text}" for text in texts], seed) < selection
     if subject.splits.group_column:
-        candidates = np.flatnonzero(is_used & ~is_selection)
+        candidates = np.flatnonzero(is_used)
         points = hash_points([f"certify image:{ids[row]}" for row in candidates.tolist()], seed)
         ranked = candidates[np.argsort(points, kind="stable")]
         first = np.unique(subject.splits.groups[at[ranked]], return_index=True)[1]
         is_one = np.zeros(len(at), bool)
         is_one[ranked[first]] = True
-        is_used &= is_selection | is_one
+        is_used &= is_one
     keep = np.zeros(len(subject.keep), bool)
     keep[at[is_used]] = True
     unit = "group" if subject.splits.group_column else "image"
