@@ -1,8 +1,8 @@
 """What a graph asks for, read from its ONNX: multiply-adds of one image and parameters, whatever its precision.
 
 Counted are the products of convolutions, of Gemm and of MatMul (attention's too); additions, norms and activations are
-not, as everywhere in the literature. A quantised graph (Q/DQ) counts as the one it was made of: its shapes are the same,
-and scales and zero points are no parameters.
+not, as everywhere in the literature. A quantised graph (Q/DQ) counts as the one it was made of: its shapes are the
+same, and scales and zero points are no parameters.
 
 Refuses a graph whose shapes cannot be inferred.
 
