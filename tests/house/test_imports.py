@@ -43,6 +43,7 @@ WALLS = {
     ),
     "onnxscript": ("eagleray.infer.export",),
     "opacus": ("eagleray.learn.privacy",),
+    "torch_pruning": ("eagleray.learn.pruning",),
     "timm": ("eagleray.vision.backbones",),
     "timm.data": ("eagleray.vision.backbones", "eagleray.learn"),
     "timm.optim": ("eagleray.vision.backbones", "eagleray.learn"),

@@ -90,6 +90,9 @@ def finetune(
     mode: Annotated[
         str | None, typer.Option("--mode", metavar="MODE", help="full; linear or head: the last layer, on features.")
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="BUNDLE", help="A bundle of the same labels that teaches too.")
+    ] = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     size_px: SizePx = None,
@@ -112,6 +115,7 @@ def finetune(
         parent=parent,
         out=out,
         mode=mode,
+        teacher=teacher,
         epochs=epochs,
         batch_size=batch_size,
         size_px=size_px,

@@ -165,7 +165,7 @@ def absolute(config: TrainingConfig) -> dict[str, Any]:
     """The config as JSON values, local paths absolute: Ray Train's workers have a working folder of their own."""
     values = config.model_dump(mode="json")
     values["run_dir"] = str(config.run_folder.resolve())
-    for name in ("corpus", "out", "parent"):
+    for name in ("corpus", "out", "parent", "teacher"):
         text = values.get(name)
         if isinstance(text, str) and Path(text).exists():
             values[name] = str(Path(text).resolve())

@@ -251,6 +251,8 @@ def _write_record(run: Run, key: Mapping[str, Any], bundle: ModelBundle, value: 
     for name in ("model_digest", "source_sha256"):
         if parent.get(name):
             inputs["parent"] = parent[name]
+    if "teacher" in bundle.lineage:
+        inputs["teacher"] = bundle.lineage["teacher"]["model_digest"]
     keep = ("config_digest", "run_key", "versions", "step", "starts", "started_at", "ended_at", "figures")
     predicate = {
         **{name: value[name] for name in keep if name in value},
