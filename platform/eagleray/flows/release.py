@@ -99,7 +99,7 @@ def _key(config: ReleaseConfig, parent: ModelBundle, asked: list[Step]) -> str:
 def _judge_key(config: ReleaseConfig, parent: ModelBundle) -> str:
     """What every row depends on besides its bundle."""
     names = ("max_drop_points", "max_class_drop_points", "gate_on", "split", "splits", "resamples", "level", "seed")
-    more = ("rounds", "turn_s", "threads", "target", "num_gpus")
+    more = ("rounds", "turn_s", "threads", "engines", "target", "num_gpus")
     values = config.model_dump(mode="json", include={*names, *more})
     policy = parent.policy.digest if parent.policy else ""
     corpus = open_corpus(config.corpus).digest

@@ -137,9 +137,9 @@ class Bench:
             threads=config.threads, device=config.device, rounds=config.rounds, turn_s=config.turn_s
         )
         if parent is bundle:
-            alone = measure({"this": bundle}, settings)["this"]
+            alone = measure({"this": bundle}, settings, engines=config.engines)["this"]
             return {"this": alone, "parent": alone}
-        return measure({"parent": parent, "this": bundle}, settings)
+        return measure({"parent": parent, "this": bundle}, settings, engines=config.engines)
 
     def _parity(self, bundle: ModelBundle, takes: Measurement) -> Gate:
         """Every engine that is here, or the target, answers the probe set."""

@@ -48,6 +48,7 @@ class ReleaseConfig(Config):
         calibration_images: Of ``train_split``, for int8; as many others choose which layers stay in float.
         resamples, level, seed: Of the intervals.
         rounds, turn_s, threads: Of the timing.
+        engines: Only these are timed; empty: every engine that is here and can run the bundle.
         runtime, address, workers, num_cpus, num_gpus, batch_size, in_process_below: As in ``score``.
         has_report: Write report.html.
     """
@@ -77,6 +78,7 @@ class ReleaseConfig(Config):
     rounds: int = Field(5, ge=1)
     turn_s: float = Field(0.3, gt=0)
     threads: int = Field(1, ge=1)
+    engines: tuple[str, ...] = ()
     runtime: str = "auto"
     address: str | None = None
     workers: int = Field(0, ge=0)
@@ -85,6 +87,14 @@ class ReleaseConfig(Config):
     batch_size: int = Field(32, ge=1, le=4096)
     in_process_below: int = Field(256, ge=0)
     has_report: bool = True
+
+    @field_validator("engines")
+    @classmethod
+    def _known_engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in RUNTIMES]
+        if unknown:
+            raise ValueError(f"unknown engines {', '.join(unknown)}; any of {', '.join(RUNTIMES)}")
+        return value
 
     @field_validator("runtime")
     @classmethod

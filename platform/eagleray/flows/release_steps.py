@@ -168,7 +168,7 @@ def _prune_into(path: Path, ask: Ask, bundle: ModelBundle) -> None:
     found = pruned(load_model(bundle), ratio=float(ask.step.settings["ratio"]), example_x=example, settings=settings)
     lineage = {**_lineage(ask, bundle, {"pruned": found.to_json()}), "mode": "pruned, not trained yet"}
     made = Made(found.model, spec, bundle.labels, bundle.output, lineage)
-    save_made(path, made, lineage)
+    save_made(path, made, lineage, has_onnx=False)  # only torch will run it
 
 
 def _trained(ask: Ask, source: str, wanted: Mapping[str, Any]) -> ModelBundle:
@@ -184,7 +184,7 @@ def _training(config: ReleaseConfig, source: str, out: str, run_dir: str, wanted
     from eagleray.flows.finetune import FinetuneConfig
 
     same = {name: getattr(config, name) for name in ("corpus", "seed", "address", "num_cpus", "num_gpus")}
-    own = {"parent": source, "out": out, "run_dir": run_dir, "split": config.train_split, "judge": ""}
+    own: dict[str, Any] = {"parent": source, "out": out, "run_dir": run_dir, "split": config.train_split, "judge": ""}
     own |= {"splits": config.splits.model_dump(), "workers": config.workers, "runtime": config.runtime}
     return load(FinetuneConfig, overrides={**same, **own, **wanted})
 
