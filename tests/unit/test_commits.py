@@ -116,3 +116,20 @@ def test_open_scores_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / commits.MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="not JSON"):
         commits.open_scores(tmp_path)
+
+
+def test_parts_are_read_one_by_one_as_the_dataset_has_them(tmp_path: Path) -> None:
+    paths = []
+    for number in range(3):
+        path = tmp_path / "scores" / f"part-{number}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": [f"{number}a", f"{number}b"], "score": [0.1, 0.2]}), path)
+        paths.append(path)
+    parts = [
+        {"unit": str(at), "path": f"scores/{path.name}", "rows": 2, "scored": 2, "quarantined": 0}
+        for at, path in enumerate(paths[:2])
+    ]
+    commits.seal(tmp_path, {"images_in": 4, "scored": 4, "quarantined": 0}, parts)
+    tables = list(commits.read_parts(tmp_path, ["id", "a column of a newer version"]))
+    assert [table.column_names for table in tables] == [["id"], ["id"]]
+    assert pa.concat_tables(tables) == commits.open_scores(tmp_path).to_table(columns=["id"])

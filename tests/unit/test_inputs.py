@@ -113,6 +113,14 @@ def test_windows_do_not_lose_items(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(set(uris(frozen))) == 333
 
 
+def test_a_unit_s_file_stays_small_in_a_large_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "FILE_UNITS", 3)
+    frozen = freeze(make_folder(tmp_path / "a", 333), tmp_path / "input")
+    assert len(frozen.units) > 3
+    assert max(unit["first_group"] for unit in frozen.units) == 2
+    assert len(set(uris(frozen))) == 333
+
+
 def test_another_source_is_refused(tmp_path: Path) -> None:
     freeze(make_folder(tmp_path / "a", 5), tmp_path / "run" / "input")
     with pytest.raises(ConfigError, match="another source"):

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from eagleray.core.commits import open_scores
+from eagleray.core.commits import read_parts
 
 SHEET_TILES = 24
 SCORE_BINS = 20
-BATCH_ROWS = 32_768  # about 10 MB, whatever the size of the archive
+BATCH_ROWS = 8_192  # about 3 MB, whatever the size of the archive
 COLUMNS = ("id", "uri", "status", "reason", "detail", "label", "label_name", "score", "decision")
 SCHEMA = pa.schema([(name, pa.float32() if name == "score" else pa.string()) for name in COLUMNS])
 NO_REASON = "unknown"
@@ -157,14 +157,12 @@ def count_rows(folder: str | Path) -> Tally:
 def _tables(folder: str | Path) -> Iterator[pa.Table]:
     """The rows in tables of about BATCH_ROWS; a column that an older run has not is null."""
     held: list[pa.Table] = []
-    for part in open_scores(folder).get_fragments():  # one at a time: a scan of all reads far ahead of a slower reader
-        present = [name for name in COLUMNS if name in part.physical_schema.names]
-        for batch in part.to_batches(columns=present, batch_size=BATCH_ROWS):
-            columns = [batch.column(name) if name in present else pa.nulls(len(batch)) for name in COLUMNS]
-            held.append(pa.table(columns, list(COLUMNS)).cast(SCHEMA))
-            if sum(len(table) for table in held) >= BATCH_ROWS:
-                yield pa.concat_tables(held).combine_chunks()
-                held = []
+    for part in read_parts(folder, COLUMNS):
+        columns = [part[name] if name in part.column_names else pa.nulls(len(part)) for name in COLUMNS]
+        held.append(pa.table(columns, list(COLUMNS)).cast(SCHEMA))
+        if sum(len(table) for table in held) >= BATCH_ROWS:
+            yield pa.concat_tables(held).combine_chunks()
+            held = []
     if held:
         yield pa.concat_tables(held).combine_chunks()
 

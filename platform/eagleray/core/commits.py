@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from eagleray.core import storage
 from eagleray.core.errors import ArtifactError, DataError, RunIncomplete, storage_error
 
 if TYPE_CHECKING:
+    from pyarrow import Table
     from pyarrow.dataset import Dataset
 
 MANIFEST = "_manifest.json"
@@ -231,6 +232,31 @@ def open_scores(root: str | Path) -> Dataset:
     """
     import pyarrow.dataset as ds
 
+    return ds.dataset([str(path) for path in _listed(root)], format="parquet")
+
+
+def read_parts(root: str | Path, columns: Sequence[str]) -> Iterator[Table]:
+    """The scores of a finished run, part by part: memory does not grow with their number, as it does in a Dataset,
+    which keeps every file's metadata.
+
+    Args:
+        root: The ``--out`` folder of ``eagleray score``.
+        columns: Which to read; one that a part of an older run has not is left out of its table.
+
+    Raises:
+        DataError: The run is not finished.
+        ArtifactError: A listed part is missing or has another size.
+    """
+    import pyarrow.parquet as pq
+
+    for path in _listed(root):
+        with pq.ParquetFile(path) as file:
+            present = set(file.schema_arrow.names)
+            yield file.read(columns=[name for name in columns if name in present])
+
+
+def _listed(root: str | Path) -> list[Path]:
+    """The parts that count, each there and of its size."""
     manifest = read_manifest(root)
     paths = [Path(root) / part["path"] for part in manifest["parts"]]
     for path, part in zip(paths, manifest["parts"], strict=True):
@@ -243,4 +269,4 @@ def open_scores(root: str | Path) -> Dataset:
             )
     if not paths:
         raise DataError(f"{root} lists no parts", expected="at least one image", fix="check the source of the run")
-    return ds.dataset([str(path) for path in paths], format="parquet")
+    return paths

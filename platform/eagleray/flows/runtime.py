@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from eagleray.flows.pool import Pool, cores, error_json, rebuild_error, worker_e
 SPARE_CPUS = 2  # for Ray Data's own tasks; logical, they are hardly used
 OBJECT_STORE_BYTES = 200_000_000
 CONNECT_TIMEOUT_S = 10.0
+_FAULT = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): ")
 
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -213,6 +215,7 @@ def map_on_ray(
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.enable_auto_log_stats = False
+    context.memory_usage_poll_interval_s = None  # else a thread a task
     context.max_errored_blocks = 0  # an error is never a dropped block
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"unit": json.dumps(unit)} for unit in units]
@@ -231,12 +234,18 @@ def map_on_ray(
                     raise rebuild_error(reply["error"])
                 yield reply
     except RayError as error:
-        cause = str(error).strip().splitlines()
         raise ClusterError(
-            f"Ray lost the run: {cause[-1] if cause else type(error).__name__}",
+            f"Ray lost the run: {_first_fault(error)}",
             expected="workers that start and stay",
             fix="run the same command again: it resumes; `ray status` shows what the cluster has",
         ) from error
+
+
+def _first_fault(error: Exception) -> str:
+    """The line of Ray's long text that names what happened first; its last lines speak of retries."""
+    lines = [line for line in str(error).strip().splitlines() if line and not line[0].isspace()]
+    named = [line for line in lines if _FAULT.match(line) and not line.startswith("ray.exceptions.UserCode")]
+    return (named or lines or [type(error).__name__])[0 if named else -1]
 
 
 class RayWorker:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
 
 from eagleray import __version__
 from eagleray.core import commits, storage
@@ -212,9 +212,13 @@ def _workers(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write_quarantine(root: Path) -> None:
-    dataset = commits.open_scores(root)
-    rows = dataset.to_table(columns=QUARANTINE_SCHEMA.names, filter=ds.field("status") == "quarantined")
-    storage.write_table(rows.cast(QUARANTINE_SCHEMA), root / "quarantine.parquet")
+    columns = [*QUARANTINE_SCHEMA.names, "status"]
+    found = [QUARANTINE_SCHEMA.empty_table()]
+    for part in commits.read_parts(root, columns):
+        refused = part.filter(pc.equal(part["status"], "quarantined"))
+        if refused.num_rows:
+            found.append(refused.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA))
+    storage.write_table(pa.concat_tables(found), root / "quarantine.parquet")
 
 
 def _write_record(plan: Plan, run: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ SCHEMA = 1
 WINDOW_ITEMS = 1 << 18  # listed items held at once; duplicates are brought together within a window
 UNIT_IMAGES, MAX_UNIT_IMAGES = 128, 4096  # small units end together and lose little to a crash; big archives grow them
 SMALLEST_UNIT_IMAGES = (8, 32)  # of a small and of a large archive
+FILE_UNITS = 64  # row groups a listing file: each unit's worker reads the file's whole footer, 8 us a group (measured)
 TAPER = 8  # the last units are an eighth of what is left
 UNITS_SCHEMA = pa.schema(
     [
@@ -185,7 +186,7 @@ def freeze_listing(source: str, batches: Iterable[pa.RecordBatch], home: Path) -
     previous = _read_head(home, source)
     old = _Listed.read(home, previous) if previous else None
     generation = previous["generation"] + 1 if previous else 0
-    cutter = _Cutter(home, generation)
+    cutter = _Cutter(home, generation, keeps_uris=old is not None)
     is_known = _Known(old)
     for batch in batches:
         cutter.add(is_known.fresh(pa.Table.from_batches([batch])))
@@ -211,10 +212,10 @@ def read_unit_listing(unit: dict[str, Any]) -> pa.Table:
 
 
 class _Cutter:
-    """Cuts listed items into units, one Parquet row group a unit, a file a window."""
+    """Cuts listed items into units, one Parquet row group a unit, at most FILE_UNITS a file."""
 
-    def __init__(self, home: Path, generation: int) -> None:
-        self._home, self._generation = storage.make_folder(home), generation
+    def __init__(self, home: Path, generation: int, *, keeps_uris: bool) -> None:
+        self._home, self._generation, self._keeps_uris = storage.make_folder(home), generation, keeps_uris
         self._held: list[pa.Table] = []
         self._num_held = self._already = self._files = 0
         self._uris: list[pa.ChunkedArray] = []
@@ -224,29 +225,34 @@ class _Cutter:
         if table.num_rows:
             self._held.append(table)
             self._num_held += table.num_rows
-            self._uris.append(table.column("uri"))
+            if self._keeps_uris:
+                self._uris.append(table.column("uri"))
         if self._num_held >= WINDOW_ITEMS:
             self._cut(is_last=False)
 
     def close(self) -> pa.ChunkedArray:
-        """Cuts what is held; returns every uri that came in."""
+        """Cuts what is held; returns every uri that came in, where they are kept."""
         if self._num_held:
             self._cut(is_last=True)
         return pa.chunked_array([c for u in self._uris for c in u.chunks], type=pa.string())
 
     def _cut(self, *, is_last: bool) -> None:
-        table = _equal_sizes_together(pa.concat_tables(self._held))
+        held, self._held, self._num_held = self._held, [], 0
+        table = _equal_sizes_together(pa.concat_tables(held))
+        del held
         sizes = unit_sizes(self._already, table.num_rows, is_last=is_last)
         starts = [0, *itertools.accumulate(sizes)]
         pieces = [table.slice(at, size) for at, size in zip(starts, sizes, strict=False)]
         self.units += self.write(pieces, [""] * len(pieces))
         self._already += table.num_rows
-        self._held, self._num_held = [], 0
 
     def write(self, pieces: list[pa.Table], derived_from: list[str]) -> list[dict[str, Any]]:
-        """Writes pieces as the row groups of one file and returns their units."""
-        if not pieces:
-            return []
+        """Writes pieces as row groups and returns their units."""
+        starts = range(0, len(pieces), FILE_UNITS)
+        files = [self._write_file(pieces[a : a + FILE_UNITS], derived_from[a : a + FILE_UNITS]) for a in starts]
+        return [unit for units in files for unit in units]
+
+    def _write_file(self, pieces: list[pa.Table], derived_from: list[str]) -> list[dict[str, Any]]:
         path = self._home / f"listing-{self._generation:04d}-{self._files:05d}.parquet"
         self._files += 1
         aside = storage.aside_path(path)
