@@ -231,7 +231,8 @@ class ContextOnRecorder:
                 (ctypes.c_uint8 * int(np.prod(self._shape))).from_address(self._addresses["image"])
             )
             names = list(self._engine.outputs)
-            for name, found in zip(names, self._engine.session.run(names, {"image": image.reshape(self._shape)})):
+            answers = self._engine.session.run(names, {"image": image.reshape(self._shape)})
+            for name, found in zip(names, answers, strict=True):
                 data = np.ascontiguousarray(found, np.float32).tobytes()
                 ctypes.memmove(self._addresses[name], data, len(data))
 

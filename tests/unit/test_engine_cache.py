@@ -13,9 +13,7 @@ from eagleray.infer.runtimes import engine_cache
 from eagleray.infer.runtimes.engine_build import BuildSettings, Target
 from eagleray.infer.runtimes.engine_cache import EngineKey, load, path_of, store
 
-KEY = EngineKey(
-    onnx_sha256="ab" * 32, target=Target("8.9", "NVIDIA L4", "580.65"), library="tensorrt", version="11.0"
-)
+KEY = EngineKey(onnx_sha256="ab" * 32, target=Target("8.9", "NVIDIA L4", "580.65"), library="tensorrt", version="11.0")
 OTHERS = [
     replace(KEY, onnx_sha256="cd" * 32),
     replace(KEY, target=Target("12.0", "NVIDIA L4", "580.65")),
