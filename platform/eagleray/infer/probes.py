@@ -95,7 +95,7 @@ def ask(bundle: ModelBundle, images_u8_nhwc: Uint8) -> Probes:
 
 
 def read_probes(bundle: ModelBundle) -> Probes | None:
-    """The probe set of a bundle, from bytes whose digest was checked; None when it has none (made before release 0.2).
+    """The probe set of a bundle, from bytes whose digest was checked; None when it has none, as older ones.
 
     Raises:
         ArtifactError: It is of a newer schema, or does not fit the bundle.
