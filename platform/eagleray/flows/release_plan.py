@@ -44,7 +44,7 @@ class ReleaseConfig(Config):
         split, train_split: Which images judge, and which train and calibrate; they share none.
         splits: How the corpus is split where it has no ``split`` column, and what must not straddle.
         student, recovery: Keys of FinetuneConfig for the student's training, and for that after pruning.
-        pruning, quantization: Keys of learn.pruning.PruneSettings and of infer.quantization.QuantizationSettings.
+        pruning, quantization: Keys of PruneConfig and of infer.quantization.QuantizationSettings.
         calibration_images: Of ``train_split``, for int8; as many others choose which layers stay in float.
         resamples, level, seed: Of the intervals.
         rounds, turn_s, threads: Of the timing.

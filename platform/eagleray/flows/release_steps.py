@@ -154,21 +154,11 @@ def check(config: ReleaseConfig, bundle: ModelBundle, asked: list[Step]) -> None
 
 
 def _prune_into(path: Path, ask: Ask, bundle: ModelBundle) -> None:
-    import torch
+    from eagleray.flows.prune import PruneConfig, run
 
-    from eagleray.flows.training_outputs import save_made
-    from eagleray.flows.training_run import Made
-    from eagleray.learn.pruning import PruneSettings
-    from eagleray.learn.pruning import prune as pruned
-    from eagleray.learn.starting_point import load_model
-
-    spec = bundle.image_spec
-    settings = load(PruneSettings, overrides=ask.config.pruning)
-    example = torch.zeros(1, 3, spec.height, spec.width)
-    found = pruned(load_model(bundle), ratio=float(ask.step.settings["ratio"]), example_x=example, settings=settings)
-    lineage = {**_lineage(ask, bundle, {"pruned": found.to_json()}), "mode": "pruned, not trained yet"}
-    made = Made(found.model, spec, bundle.labels, bundle.output, lineage)
-    save_made(path, made, lineage, has_onnx=False)  # only torch will run it
+    config, same = ask.config, {"seed": ask.config.seed, "splits": ask.config.splits.model_dump()}
+    own = {"model": str(bundle.path), "out": str(path), "ratio": ask.step.settings["ratio"], "corpus": config.corpus}
+    run(load(PruneConfig, overrides={**own, **same, "split": config.train_split, **config.pruning}))
 
 
 def _trained(ask: Ask, source: str, wanted: Mapping[str, Any]) -> ModelBundle:

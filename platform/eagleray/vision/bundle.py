@@ -41,6 +41,7 @@ WEIGHT_FILES = (ONNX, SAFETENSORS)
 FOREIGN = "onnx"  # the architecture of a bundle that was imported from an ONNX file
 
 Output = Literal["logits", "multi_label_logits", "probabilities"]
+Precision = Literal["fp32", "fp16", "int8"]
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -58,6 +59,7 @@ class ModelBundle:
         policy: Thresholds, when they have been found.
         model_args: Arguments of timm.create_model besides num_classes.
         lineage: Source, its digest, date, versions.
+        precision: The arithmetic of model.onnx; fp16 and int8 are graphs only, without model.safetensors.
         files: File name to SHA-256; filled by save_bundle.
         path: The folder; filled by save_bundle and load_bundle.
         schema: Number of this record's format.
@@ -71,6 +73,7 @@ class ModelBundle:
     policy: ThresholdPolicy | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision = "fp32"
     files: Mapping[str, str] = field(default_factory=dict)
     path: Path = Path()
     schema: int = SCHEMA
@@ -85,6 +88,10 @@ class ModelBundle:
             faults.append(f"{len(twice)} label ids stand twice: {', '.join(twice[:3])}")
         if self.output not in get_args(Output):
             faults.append(f"output {self.output!r} is none of {', '.join(get_args(Output))}")
+        if self.precision not in get_args(Precision):
+            faults.append(f"precision {self.precision!r} is none of {', '.join(get_args(Precision))}")
+        elif self.precision != "fp32" and SAFETENSORS in self.files:
+            faults.append(f"it is {self.precision} and holds {SAFETENSORS}, the weights of another model")
         faults += [f"{name!r} is not a plain file name" for name in self.files if not _FILE_NAME.fullmatch(name)]
         if faults:
             raise ArtifactError(f"not a model bundle: {'; '.join(faults)}", expected="one label id for each output")
@@ -141,6 +148,8 @@ class ModelBundle:
             "model_args": dict(self.model_args),
             "lineage": dict(self.lineage),
             "files": dict(self.files),
+            # Only where it is not fp32: the bundles of before keep their bytes and digests
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
         }
 
     @classmethod
@@ -162,6 +171,7 @@ class ModelBundle:
                 policy=ThresholdPolicy.from_json(value["policy"]) if value["policy"] else None,
                 model_args=dict(value["model_args"]),
                 lineage=dict(value["lineage"]),
+                precision=value.get("precision", "fp32"),
                 files={str(name): str(digest) for name, digest in dict(value["files"]).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:

@@ -68,7 +68,7 @@ class Runtime(Protocol):
 
     @property
     def precision(self) -> str:
-        """The arithmetic, "fp32"."""
+        """The arithmetic: the bundle's precision."""
 
     @property
     def device(self) -> str:

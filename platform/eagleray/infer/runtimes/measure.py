@@ -66,6 +66,8 @@ def candidates(bundle: ModelBundle, device: str = "cpu") -> tuple[str, ...]:
     """The installed runtimes that can run this bundle on this device, the soonest to start first."""
     here = installed(RUNTIMES)
     fitting = [name for name in ORDER if name in here and NEEDS[name] in bundle.files]
+    if bundle.precision != "fp32":
+        fitting = [name for name in fitting if NEEDS[name] == ONNX]  # the arithmetic stands in the graph alone
     return tuple(name for name in fitting if name in ON[device])
 
 

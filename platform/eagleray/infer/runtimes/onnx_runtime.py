@@ -32,7 +32,6 @@ class OnnxRuntime:
     """
 
     name = "onnx"
-    precision = "fp32"
 
     def __init__(
         self, bundle: ModelBundle, *, threads: int, device: str = "cpu", wants_embedding: bool = False
@@ -41,6 +40,7 @@ class OnnxRuntime:
 
         check_request(bundle, runtime=self.name, device=device, wants_embedding=wants_embedding)
         self.version = RUNTIMES[self.name].version
+        self.precision: str = bundle.precision
         self.device = device
         self._spec = bundle.image_spec
         self._names = ["logits", "embedding"] if wants_embedding else ["logits"]

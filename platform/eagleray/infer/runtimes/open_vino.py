@@ -33,7 +33,6 @@ class OpenVino:
     """
 
     name = "openvino"
-    precision = "fp32"
     device = "cpu"
 
     def __init__(
@@ -53,6 +52,7 @@ class OpenVino:
                 f"runtime 'openvino' does not run on {device}", expected="cpu", fix="ask for --runtime torch or onnx"
             )
         self.version = RUNTIMES[self.name].version
+        self.precision: str = bundle.precision
         self._bundle = bundle
         self._settings = {
             "INFERENCE_NUM_THREADS": threads,

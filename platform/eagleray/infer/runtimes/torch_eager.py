@@ -10,7 +10,7 @@ import torch
 from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
 from eagleray.infer.runtimes import CHUNK, RUNTIMES, Outputs, Uint8, check_request, check_width, run_in_chunks
 from eagleray.vision.backbones import Backbone, WithEmbedding, create
-from eagleray.vision.bundle import SAFETENSORS, ModelBundle
+from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle
 from eagleray.vision.state_dicts import fill, read_state_dict
 
 
@@ -28,7 +28,7 @@ class TorchEager:
     Raises:
         ArtifactError: The weights do not fit the architecture, or its width does not fit the labels.
         CapabilityError: CUDA is asked for and this build or machine has none.
-        ConfigError: The bundle has no model.safetensors, or gives no embedding and it is wanted.
+        ConfigError: The bundle is fp16 or int8, has no model.safetensors, or gives no embedding and it is wanted.
     """
 
     name = "torch"
@@ -38,6 +38,13 @@ class TorchEager:
         self, bundle: ModelBundle, *, threads: int, device: str = "cpu", wants_embedding: bool = False
     ) -> None:
         check_request(bundle, runtime=self.name, device=device, wants_embedding=wants_embedding)
+        if bundle.precision != self.precision:
+            raise ConfigError(
+                f"runtime 'torch' runs fp32 weights, and {bundle.name} is {bundle.precision}: its arithmetic stands in "
+                f"the graph of {ONNX}, and the architecture in fp32 would give other answers",
+                expected="an fp32 bundle of a timm model",
+                fix="ask for --runtime onnx or openvino",
+            )
         if SAFETENSORS not in bundle.files:
             raise ConfigError(
                 f"runtime 'torch' needs {SAFETENSORS}, which the bundle {bundle.name} lacks",
