@@ -35,6 +35,7 @@ WALLS = {
     "tensorrt_rtx": ("eagleray.infer.runtimes",),
     "nncf": ("eagleray.infer.quantization",),
     "onnx": (
+        "eagleray.infer.complexity",
         "eagleray.infer.export",
         "eagleray.infer.quantization",
         "eagleray.infer.runtimes",
@@ -42,6 +43,7 @@ WALLS = {
     ),
     "onnxscript": ("eagleray.infer.export",),
     "opacus": ("eagleray.learn.privacy",),
+    "torch_pruning": ("eagleray.learn.pruning",),
     "timm": ("eagleray.vision.backbones",),
     "timm.data": ("eagleray.vision.backbones", "eagleray.learn"),
     "timm.optim": ("eagleray.vision.backbones", "eagleray.learn"),

@@ -44,6 +44,7 @@ REMARKS = {
     "tests/journeys/": "the whole way on a real local Ray: faults, resumes, jobs",
     "tests/house/": "the rules of this house: imports, shapes, calls, this page",
     "tests/benchmarks/": "the speed table and its peers",
+    "tests/golden/": "bundles of each release, which later ones must load and answer the same",
     "tests/data/": "small fixtures",
 }
 

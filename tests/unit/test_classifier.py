@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
 from eagleray.infer import runtimes
-from eagleray.infer.classifier import PREDICT_BATCH, Classifier, sigmoid, softmax, top_k
+from eagleray.infer.classifier import PREDICT_BATCH, Classifier
+from eagleray.infer.probabilities import sigmoid, softmax, top_k
 from eagleray.infer.runtimes import Outputs, measure, run_in_chunks
 from eagleray.vision.bundle import ModelBundle, load_bundle, save_bundle
 from eagleray.vision.images import Reason, decode

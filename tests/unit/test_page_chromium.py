@@ -18,8 +18,12 @@ from eagleray.assure.report import (
     Curves,
     Heatmap,
     Histogram,
+    Interval,
+    Intervals,
     Line,
+    Mark,
     Report,
+    Scatter,
     Sheet,
     Table,
     Text,
@@ -79,6 +83,10 @@ def make_page(folder: Path, make_photo: Callable[..., bytes]) -> Path:
             has_diagonal=True,
         ),
         Heatmap("Confusion", (LONG,) * 40, (LONG,) * 40, (tuple(range(40)),) * 40, "truth", "answer"),
+        Intervals(
+            "Slices", tuple(Interval(LONG, 0.1 * at, 0.05 * at, 0.12 * at, "n") for at in range(9)), "x", 0.4, LONG
+        ),
+        Scatter("Trade", tuple(Mark(LONG, float(at), 0.1 * at, 0.0, 1.0) for at in range(5)), "ms", "top-1", 0.3, LONG),
     )
     report = Report(LONG, "2026-01-31T12:00:00Z", blocks, LONG, Verdict("3 images in = 2 scored + 1", is_good=True))
     photos = {f"file:///{index}.jpg": make_photo(index, width=300, height=300) for index in range(9)}

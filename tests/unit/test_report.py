@@ -18,8 +18,12 @@ from eagleray.assure.report import (
     Curves,
     Heatmap,
     Histogram,
+    Interval,
+    Intervals,
     Line,
+    Mark,
     Report,
+    Scatter,
     Sheet,
     Table,
     Text,
@@ -38,6 +42,12 @@ SAMPLES: dict[str, Block] = {
     "line": Line("L", ((0.0, 1.0), (2.0, 3.5)), "t", "n", "s", 2.0, "mean", "note"),
     "curves": Curves("C", (Curve("a", ((0.0, 1.0), (0.5, 0.2))), Curve("b", ())), "x", "y", True, True, True, "note"),
     "heatmap": Heatmap("M", ("a", "b"), ("a", "b", "c"), ((3, 0, 1), (0, 2, 0)), "truth", "answer", "note"),
+    "intervals": Intervals(
+        "I", (Interval("a", 0.5, 0.4, 0.6, "n", True), Interval("b", 1)), "x", 0.5, "all", 2, "note"
+    ),
+    "scatter": Scatter(
+        "S", (Mark("a", 1.0, 0.5, 0.4, 0.6, False), Mark("b", 2.0, 1.0)), "ms", "top-1", 0.4, "gate", "n"
+    ),
     "sheet": Sheet("S", (Tile("file:///a", ("x", "y"), "a", "data:image/png;base64,AA==", "0.9", True),), "note"),
     "code": Code("C", "line 1\nline 2", "note"),
     "text": Text(("one", "two"), "title"),

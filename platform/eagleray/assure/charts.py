@@ -157,3 +157,76 @@ class Heatmap:
     def __post_init__(self) -> None:
         if len(self.counts) != len(self.rows) or any(len(row) != len(self.columns) for row in self.counts):
             raise ValueError(f"heatmap {self.title!r}: not {len(self.rows)} rows of {len(self.columns)} counts")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One row of Intervals: a figure with its bounds, None where it has none; ``is_weak`` is drawn faint."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+    is_weak: bool = False
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Figures with their intervals under each other on one axis (a forest plot).
+
+    Attributes:
+        title: Heading.
+        intervals: The rows, in the order that means something.
+        x_label: What the axis is.
+        reference: A level drawn through all rows (the whole, zero), or None.
+        reference_label: What that level is.
+        decimals: Digits after the point.
+        note: A line under the heading.
+    """
+
+    title: str
+    intervals: tuple[Interval, ...]
+    x_label: str = ""
+    reference: float | None = None
+    reference_label: str = ""
+    decimals: int = 3
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One point of a Scatter with its vertical interval; ``is_good`` False is drawn as one that did not pass."""
+
+    label: str
+    x: float
+    y: float
+    y_low: float | None = None
+    y_high: float | None = None
+    is_good: bool | None = None
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Named points, each with its interval: what is given up for what.
+
+    Attributes:
+        title: Heading.
+        marks: The points.
+        x_label, y_label: Axes; x starts at 0, y fits the points.
+        reference: A level drawn across (the lowest value that passes), or None.
+        reference_label: What that level is.
+        note: A line under the heading.
+    """
+
+    title: str
+    marks: tuple[Mark, ...]
+    x_label: str = ""
+    y_label: str = ""
+    reference: float | None = None
+    reference_label: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if any(mark.x < 0 for mark in self.marks):
+            raise ValueError(f"scatter {self.title!r}: x is from 0")

@@ -80,6 +80,8 @@ class About:
         splits: Split names, and images of each class (C, S) int64 in each; of the model's C classes.
         digests: Name to SHA-256.
         command: How to repeat it.
+        findings: Blocks that follow the figures: a comparison, slices.
+        costs: Blocks on what scoring costs.
     """
 
     title: str
@@ -93,6 +95,8 @@ class About:
     splits: tuple[Sequence[str], npt.NDArray[np.int64]] | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+    findings: Sequence[blocks.Block] = ()
+    costs: Sequence[blocks.Block] = ()
 
 
 def evaluation_report(found: Evaluation, about: About) -> Report:
@@ -118,12 +122,14 @@ def _blocks(found: Evaluation, about: About) -> Iterator[blocks.Block]:
         yield blocks.Text(tuple(about.warnings), "Read this first")
     yield _totals(found)
     yield _figures(found)
+    yield from about.findings
     yield from _confusion(found)
     yield from _charts(found)
     yield from _mistakes(found, about)
     yield _classes(found)
     if about.splits is not None:
         yield _split_table(found, *about.splits)
+    yield from about.costs
     if about.facts:
         yield blocks.Table("What was evaluated", ("", ""), tuple((name, text) for name, text in about.facts.items()))
     if about.command:

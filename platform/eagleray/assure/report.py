@@ -21,7 +21,19 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args, get_origin
 
-from eagleray.assure.charts import Bar, Bars, Curve, Curves, Heatmap, Histogram, Line
+from eagleray.assure.charts import (
+    Bar,
+    Bars,
+    Curve,
+    Curves,
+    Heatmap,
+    Histogram,
+    Interval,
+    Intervals,
+    Line,
+    Mark,
+    Scatter,
+)
 from eagleray.core.errors import ArtifactError
 
 __all__ = [
@@ -33,8 +45,12 @@ __all__ = [
     "Curves",
     "Heatmap",
     "Histogram",
+    "Interval",
+    "Intervals",
     "Line",
+    "Mark",
     "Report",
+    "Scatter",
     "Sheet",
     "Table",
     "Text",
@@ -44,7 +60,7 @@ __all__ = [
     "Verdict",
 ]  # charts are blocks too
 
-SCHEMA = 2  # 2: heatmap, curves, decimals of a table
+SCHEMA = 3  # 2: heatmap, curves, decimals of a table; 3: intervals, scatter
 
 Cell: TypeAlias = str | int | float | None
 
@@ -178,7 +194,9 @@ class Text:
     title: str = ""
 
 
-Block: TypeAlias = Totals | Table | Bars | Histogram | Line | Curves | Heatmap | Sheet | Code | Text
+Block: TypeAlias = (
+    Totals | Table | Bars | Histogram | Line | Curves | Heatmap | Intervals | Scatter | Sheet | Code | Text
+)
 KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in get_args(Block)}
 
 

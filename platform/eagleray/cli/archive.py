@@ -117,6 +117,7 @@ def import_model(
     Example: eagleray import lite0 --out bundles/lite0
     """
     from eagleray.infer.export import export_onnx
+    from eagleray.infer.parity import prove
     from eagleray.vision import imports
 
     config = common.load(
@@ -132,7 +133,7 @@ def import_model(
         crop_pct=crop_pct,
         color=color,
     )
-    imports.import_model(config, export=export_onnx)
+    imports.import_model(config, export=export_onnx, prove=prove)
     from eagleray.flows.inspection import describe
 
     said = describe(config.out)

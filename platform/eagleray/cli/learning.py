@@ -6,7 +6,7 @@ not given, so that the default stands in one place only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -90,6 +90,9 @@ def finetune(
     mode: Annotated[
         str | None, typer.Option("--mode", metavar="MODE", help="full; linear or head: the last layer, on features.")
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="BUNDLE", help="A bundle of the same labels that teaches too.")
+    ] = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     size_px: SizePx = None,
@@ -112,6 +115,7 @@ def finetune(
         parent=parent,
         out=out,
         mode=mode,
+        teacher=teacher,
         epochs=epochs,
         batch_size=batch_size,
         size_px=size_px,
@@ -132,6 +136,14 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option("--split", metavar="NAME", help="Which images: a split's name, or all; default test.")
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="COLUMN[,COLUMN]", help="Metadata columns: the figures for each of their values."),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="BUNDLE", help="Another model: is it really better or worse here?"),
+    ] = None,
     runtime: Runtime = None,
     address: Address = None,
     common: Common,
@@ -139,12 +151,20 @@ def evaluate(
     """Judges a model against the labels of a corpus: accuracy, F1, ROC-AUC, calibration, each with its interval.
 
     A corpus with a split column uses it, another gets a hashed split. The same command again does nothing new.
-    Example: eagleray evaluate --corpus corpora/photos --model bundles/lite0 --out runs/photos-eval
+    Example: eagleray evaluate --corpus corpora/photos --model bundles/lite0 --out runs/photos-eval --by site
     """
     from eagleray.flows.evaluate import EvaluateConfig, run
 
     config = common.load(
-        EvaluateConfig, corpus=corpus, model=model, out=out, split=split, runtime=runtime, address=address
+        EvaluateConfig,
+        corpus=corpus,
+        model=model,
+        out=out,
+        split=split,
+        by=by,
+        compare=compare,
+        runtime=runtime,
+        address=address,
     )
     said = run(config)
     return Outcome(said, _figures(said))
@@ -161,4 +181,23 @@ def _figures(said: Mapping[str, Any]) -> str:
         "page": said["report"] or "none",
         "figures": f"{said['out']}/metrics.json",
     }
-    return f"{table(rows, heads=('metric', 'value', 'low', 'high'))}\n\n{fields(lines)}"
+    parts = [table(rows, heads=("metric", "value", "low", "high")), *_slices(said), fields(lines)]
+    if "comparison" in said:
+        parts.append(said["comparison"]["sentence"])
+    return "\n\n".join(parts)
+
+
+def _slices(said: Mapping[str, Any]) -> Iterator[str]:
+    """One table a column of --by."""
+    lead = "map" if said["task"] == "multi_label" else "top1"
+    for column, slicing in said.get("slices", {}).items():
+        rows = [
+            [
+                part["value"] or "(no value)",
+                part["n"],
+                *(part[lead][bound] for bound in ("value", "low", "high")),
+                "too few to judge" if part["is_small"] else "lower than the rest" if part["is_lower"] else "",
+            ]
+            for part in slicing["slices"]
+        ]
+        yield table(rows, heads=(column, "images", lead, "low", "high", ""))

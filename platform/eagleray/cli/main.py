@@ -31,6 +31,9 @@ VERBS: dict[str, Verb] = {
         "eagleray.cli.learning:finetune", "Learn a classifier from labels, from a bundle or a timm model."
     ),
     "evaluate": Verb("eagleray.cli.learning:evaluate", "Judge a model against labels: every figure with its interval."),
+    "certify": Verb("eagleray.cli.releasing:certify", "Prove a KPI on held-out images; a bundle that decides by it."),
+    "release": Verb("eagleray.cli.releasing:release", "Make it smaller and faster; a gate after each step."),
+    "export": Verb("eagleray.cli.releasing:export", "Write a bundle for an engine, once it answers as the model did."),
     "predict": Verb("eagleray.cli.archive:predict", "Score a few images here and now, without Ray."),
     "report": Verb("eagleray.cli.archive:report", "Build the HTML page of a finished run again."),
     "demo": Verb("eagleray.cli.archive:demo", "Score a real archive with a real model, to see all of it work."),

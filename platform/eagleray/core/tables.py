@@ -14,6 +14,8 @@ from typing import Any
 
 from eagleray.core.errors import CapabilityError, ConfigError
 
+BUILDS = ("", "-gpu", "-cu13", "-cu12")  # of one import name, several distributions: onnxruntime-gpu, tensorrt-cu13
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -23,22 +25,32 @@ class Entry:
         target: ``"package.module:attribute"``, imported on first use.
         extra: The extra of pyproject.toml that brings what the target imports; empty when the core has it.
         needs: The import name whose presence tells whether the entry can be used here; empty when always.
+        instead: The import name of another build of the same package, which will do as well.
     """
 
     target: str
     extra: str = ""
     needs: str = ""
+    instead: str = ""
+
+    @property
+    def package(self) -> str:
+        """The import name of what is here of what will do; of what is needed when nothing is."""
+        from importlib.util import find_spec
+
+        return self.instead if self.instead and find_spec(self.needs) is None and self.is_installed else self.needs
 
     @property
     def version(self) -> str:
         """The version of the package that the entry needs; empty when it needs none or none says."""
         from importlib import metadata
 
-        for name in (self.needs, f"{self.needs}-gpu"):
-            try:
-                return metadata.version(name)
-            except (metadata.PackageNotFoundError, ValueError):
-                continue
+        for package in filter(None, (self.needs, self.instead)):
+            for build in BUILDS:
+                try:
+                    return metadata.version(package + build)
+                except (metadata.PackageNotFoundError, ValueError):
+                    continue
         return ""
 
     @property
@@ -46,7 +58,8 @@ class Entry:
         """Whether what the entry needs can be found, without importing it."""
         from importlib.util import find_spec
 
-        return not self.needs or find_spec(self.needs) is not None
+        names = [name for name in (self.needs, self.instead) if name]
+        return not names or any(find_spec(name) is not None for name in names)
 
 
 def resolve(table: Mapping[str, Entry], name: str, *, what: str) -> Any:

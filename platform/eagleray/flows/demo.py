@@ -72,6 +72,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     """
     from eagleray.flows import ingest, score
     from eagleray.infer.export import export_onnx
+    from eagleray.infer.parity import prove
     from eagleray.vision.imports import ImportConfig, import_model
 
     home = storage.make_folder(config.out)
@@ -80,7 +81,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     model = home / "lite0"
     if not (model / "bundle.json").exists():
         sys.stderr.write(f"import lite0 (EfficientNet-Lite0, ImageNet) into {model}\n")
-        import_model(ImportConfig(model="lite0", out=str(model)), export=export_onnx)
+        import_model(ImportConfig(model="lite0", out=str(model)), export=export_onnx, prove=prove)
     corpus = home / "corpus"
     sources = (str(weave), str(photos))
     if _has_work(home):

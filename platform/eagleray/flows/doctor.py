@@ -160,9 +160,10 @@ def engines() -> list[Check]:
         return [Check("engines", FAIL, f"eagleray's own packages do not import: {error}", f"{INSTALL} eagleray")]
     checks = []
     for name, entry in RUNTIMES.items():
-        found = installed_version(entry.needs) if entry.needs else installed_version(name)
+        package = entry.package or name
+        found = installed_version(package) or (entry.version if entry.is_installed else "")
         if found:
-            checks.append(Check(f"engine {name}", OK, f"{entry.needs or name} {found}"))
+            checks.append(Check(f"engine {name}", OK, f"{package} {found}"))
         else:
             fix = f'{INSTALL} "eagleray[{entry.extra}]"' if entry.extra else f"{INSTALL} {entry.needs or name}"
             checks.append(Check(f"engine {name}", WARN, f"{entry.needs or name} is not installed", fix))

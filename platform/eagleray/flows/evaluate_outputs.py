@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,39 +17,52 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eagleray import __version__
-from eagleray.assure.evaluation import SCHEMA, Evaluation
+from eagleray.assure.comparison_report import comparison_blocks
+from eagleray.assure.evaluation import SCHEMA
 from eagleray.assure.evaluation_report import About, evaluation_report
 from eagleray.assure.phrases import count, last_name, share
+from eagleray.assure.report import Block
 from eagleray.assure.scored_answers import ScoredAnswers
+from eagleray.assure.slices_report import slices_blocks
 from eagleray.core import commits, storage
 from eagleray.core.config import digest as config_digest
 from eagleray.core.config import digest_json
 from eagleray.core.errors import ArtifactError, EagleError
 from eagleray.core.records import Record, read_record
+from eagleray.flows import evaluate_costs
+from eagleray.flows.evaluate_subject import COMPARED, SCORING
 from eagleray.flows.score_outputs import read_run, versions
 
 if TYPE_CHECKING:
-    from eagleray.flows.evaluate import Subject
+    from eagleray.assure.cost import Cost
+    from eagleray.flows.evaluate import Judged
+    from eagleray.flows.evaluate_subject import Subject
 
 METRICS, REPORT, RECORD, PAGE = "metrics.json", "report.json", "record.json", "report.html"
 ELSEWHERE = (  # change no figure: where it runs, how it is shown
     *("corpus", "model", "out", "address", "workers", "num_cpus", "num_gpus", "threads", "decode_threads"),
     *("batch_size", "in_process_below", "has_report", "runtime"),
 )
+ADDED = ("by", "min_slice", "compare")  # keyed only where they are asked for: an older evaluation keeps its key
 
 
 def key(subject: Subject) -> str:
     """Digest of all that the figures depend on; the scoring run must be finished."""
-    run = read_run(subject.root / "scoring") or {}
-    return digest_json(
-        {
-            "schema": SCHEMA,
-            "scores": [run.get("ledger_key"), run.get("input_digest")],
-            "corpus": subject.corpus.digest,
-            "split": [subject.config.split, subject.splits.digest],
-            "config": config_digest(subject.config, exclude=ELSEWHERE),
-        }
-    )
+    config = subject.config
+    run = read_run(subject.root / SCORING) or {}
+    parts: dict[str, Any] = {
+        "schema": SCHEMA,
+        "scores": [run.get("ledger_key"), run.get("input_digest")],
+        "corpus": subject.corpus.digest,
+        "split": [config.split, subject.splits.digest],
+        "config": config_digest(config, exclude=(*ELSEWHERE, *ADDED)),
+    }
+    if config.by:
+        parts["by"] = [list(config.by), config.min_slice]
+    if subject.other is not None:
+        compared = read_run(subject.root / COMPARED) or {}
+        parts["compared"] = [compared.get("ledger_key"), compared.get("input_digest")]
+    return digest_json(parts)
 
 
 def read_finished(subject: Subject, wanted: str) -> dict[str, Any] | None:
@@ -75,26 +89,30 @@ def read_finished(subject: Subject, wanted: str) -> dict[str, Any] | None:
     return found if holds and has_page and found.get("key") == wanted else None
 
 
-def finish(subject: Subject, key: str, scored: ScoredAnswers, found: Evaluation) -> dict[str, Any]:
+def finish(subject: Subject, key: str, judged: Judged) -> dict[str, Any]:
     """Writes everything; the record last, so that what is unfinished is done again.
 
     Returns:
         The summary.
     """
-    root, ended = subject.root, datetime.now(UTC).isoformat(timespec="seconds")
+    root, ended, found = subject.root, datetime.now(UTC).isoformat(timespec="seconds"), judged.evaluation
     (root / RECORD).unlink(missing_ok=True)
-    document = _document(subject, key, scored, found)
+    costs = evaluate_costs.costs(subject)
+    document = _document(subject, key, judged, costs)
     storage.write_json(root / METRICS, document)
-    report = evaluation_report(found, _about(subject, scored, ended))
+    report = evaluation_report(found, _about(subject, judged, costs, ended))
     storage.write_json(root / REPORT, report.to_json())
     written = [METRICS, REPORT]
     if subject.config.has_report:
         from eagleray.flows.report import write_with_pictures
 
-        write_with_pictures(root, report, root / "scoring" / "input")
+        write_with_pictures(root, report, root / SCORING / "input")
         written.append(PAGE)
     inputs = {"corpus": subject.corpus.digest, "model": subject.bundle.model_digest, "split": subject.splits.digest}
-    inputs["scores"] = storage.sha256_file(root / "scoring" / commits.MANIFEST)
+    inputs["scores"] = storage.sha256_file(root / SCORING / commits.MANIFEST)
+    if subject.other is not None:
+        inputs["compared model"] = subject.other.model_digest
+        inputs["compared scores"] = storage.sha256_file(root / COMPARED / commits.MANIFEST)
     predicate = {
         "config_digest": config_digest(subject.config),
         "key": key,
@@ -120,10 +138,10 @@ def _left_out(subject: Subject, scored: ScoredAnswers) -> dict[str, int]:
     return {**subject.left_out, "that could not be read": int((~scored.is_scored).sum())}
 
 
-def _document(subject: Subject, key: str, scored: ScoredAnswers, found: Evaluation) -> dict[str, Any]:
-    run, bundle = read_run(subject.root / "scoring") or {}, subject.bundle
+def _document(subject: Subject, key: str, judged: Judged, costs: Mapping[str, Sequence[Cost]]) -> dict[str, Any]:
+    run, bundle, scored = read_run(subject.root / SCORING) or {}, subject.bundle, judged.scored
     return {
-        **found.to_json(),
+        **judged.evaluation.to_json(),
         "split": {"name": subject.config.split, **subject.splits.to_json()},
         "left_out": _left_out(subject, scored),
         "warnings": list(subject.warnings),
@@ -132,14 +150,37 @@ def _document(subject: Subject, key: str, scored: ScoredAnswers, found: Evaluati
         "runtime": run.get("runtime"),
         "config_digest": config_digest(subject.config),
         "key": key,
+        **_added(subject, judged),
+        "cost": {name: [cost.to_json() for cost in own] for name, own in costs.items()},
     }
 
 
-def _about(subject: Subject, scored: ScoredAnswers, ended: str) -> About:
+def _added(subject: Subject, judged: Judged) -> dict[str, Any]:
+    """What is in the document only where it was asked for: slices, the comparison."""
+    added: dict[str, Any] = {}
+    if judged.slicings:
+        added["slices"] = {slicing.column: slicing.to_json() for slicing in judged.slicings}
+    if judged.comparison is not None and subject.other is not None:
+        other = subject.other
+        told = {"path": str(other.path), "digest": other.model_digest, "architecture": other.architecture}
+        added["comparison"] = {"model": told, **judged.comparison.to_json()}
+    return added
+
+
+def _findings(judged: Judged) -> list[Block]:
+    """The page's blocks of comparison and slices."""
+    found = judged.evaluation
+    lead = "map" if found.is_multi_label else "top1"
+    compared = [] if judged.comparison is None else list(comparison_blocks(judged.comparison))
+    return [*compared, *slices_blocks(judged.slicings, lead, found.metrics.scalars[lead])]
+
+
+def _about(subject: Subject, judged: Judged, costs: Mapping[str, Sequence[Cost]], ended: str) -> About:
+    scored = judged.scored
     config, bundle, splits, labels = subject.config, subject.bundle, subject.splits, subject.index.labels
     names = {label.id: label.name or label.id for label in bundle.labels}
     kept = np.flatnonzero(subject.keep)[scored.is_scored]
-    run = read_run(subject.root / "scoring") or {}
+    run = read_run(subject.root / SCORING) or {}
     runtime = run.get("runtime", {})
     left_out = {reason: number for reason, number in _left_out(subject, scored).items() if number}
     model = f"{last_name(str(bundle.path))} ({bundle.architecture})"
@@ -177,5 +218,7 @@ def _about(subject: Subject, scored: ScoredAnswers, ended: str) -> About:
             "split": splits.digest,
             "configuration": config_digest(config),
         },
+        findings=_findings(judged),
+        costs=evaluate_costs.blocks(subject, judged, costs),
         command=shlex.join(["eagleray", *sys.argv[1:]]) if len(sys.argv) > 1 else "",
     )

@@ -5,6 +5,9 @@ alone: the frozen backbone runs once over the corpus, through the scoring path, 
 solves it exactly (logistic regression, its penalty chosen by cross-validation), ``linear`` steps through it with the
 losses and balances of ``full``.
 
+With a ``teacher``, ``full`` distils: the model learns from what another bundle says of the same pixels too, and from
+images without a label (learn/distillation.py).
+
 The result is a bundle that `score`, `predict`, `evaluate` and ``timm.create_model("local-dir:...")`` take at once.
 
 Example:
@@ -15,16 +18,27 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from eagleray.flows.finetune_start import FinetuneConfig, classification, made_of, select, start, work_key
+from eagleray.flows import finetune_teacher
+from eagleray.flows.finetune_start import (
+    FinetuneConfig,
+    classification,
+    made_of,
+    num_labelled,
+    select,
+    start,
+    work_key,
+)
 from eagleray.flows.training_config import feed_settings, train_settings
 
 if TYPE_CHECKING:
     from eagleray.flows.training_run import Made, Run
+    from eagleray.learn.task import Transform
     from eagleray.learn.work import Work
 
-__all__ = ["CONFIG", "FinetuneConfig", "judge", "make_bundle", "make_work", "run"]
+__all__ = ["CONFIG", "FinetuneConfig", "judge", "make_bundle", "make_work", "prepare", "run"]
 
 CONFIG = FinetuneConfig
 
@@ -68,7 +82,7 @@ def make_work(config: FinetuneConfig) -> Work:
     chosen, notes = select(config)
     index = chosen.index
     point = start(config, index.labels)
-    settings = classification(config)
+    teacher = finetune_teacher.open_teacher(config, index.labels)
     augment = AugmentSettings(
         scale=config.crop_scale,
         flip_p=config.flip_p,
@@ -78,18 +92,35 @@ def make_work(config: FinetuneConfig) -> Work:
         jitter=config.jitter,
     )
     num_classes = len(index.labels) if config.is_multi_label else None
+    student = ClassificationTask(
+        point.model,
+        point.spec,
+        classification(config),
+        class_counts=index.class_counts,
+        num_images=num_labelled(index),
+    )
+    transform: Transform = TrainTransform(point.spec, augment, seed=config.seed, num_classes=num_classes)
+    if config.distill.cache_teacher:
+        transform = finetune_teacher.with_answers(config, transform, chosen)
     return Work(
-        task=ClassificationTask(
-            point.model, point.spec, settings, class_counts=index.class_counts, num_images=len(index)
-        ),
+        task=student if teacher is None else finetune_teacher.taught(config, student, teacher, index.labels),
         index=index,
-        transform=TrainTransform(point.spec, augment, seed=config.seed, num_classes=num_classes),
+        transform=transform,
         feed=feed_settings(config, keeps_last=True),
         settings=train_settings(config),
         key=work_key(config, index.digest, point),
         sampler=BalancedSampler(index.first_targets, seed=config.seed) if config.balance == "sampler" else None,
-        notes=(counts_in_words(chosen), *notes, *point.notes),
+        notes=(
+            *(counts_in_words(chosen), *notes, *point.notes),
+            *(() if teacher is None else (finetune_teacher.note_of(config, teacher),)),
+        ),
     )
+
+
+def prepare(run: Run, *, is_quiet: bool = False, is_live: bool | None = None) -> None:
+    """What must be there before the first step: the answers of a teacher that is asked once an image."""
+    config: FinetuneConfig = run.config  # type: ignore[assignment]
+    finetune_teacher.ask(run, config, is_quiet=is_quiet, is_live=is_live)
 
 
 def make_bundle(config: FinetuneConfig, state: Mapping[str, Any]) -> Made:
@@ -101,11 +132,15 @@ def make_bundle(config: FinetuneConfig, state: Mapping[str, Any]) -> Made:
     """
     chosen, _ = select(config)
     point = start(config, chosen.index.labels)
-    prefix = "backbone."
+    teacher = finetune_teacher.open_teacher(config, chosen.index.labels)
+    prefix = "backbone." if teacher is None else "student.backbone."
     point.model.load_state_dict(
         {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     )
-    return made_of(config, chosen, point)
+    made = made_of(config, chosen, point)
+    if teacher is None:
+        return made
+    return replace(made, lineage={**made.lineage, "teacher": finetune_teacher.teacher_lineage(config, teacher)})
 
 
 def judge(run: Run) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | 
 
         put_head(point.model, head)
         made = finetune_start.made_of(config, chosen, point)
-        bundle = training_outputs.write_bundle(run, key, chosen.corpus.digest, made)
+        bundle = training_outputs.write_bundle(run, key, chosen.index, made)
         ended = {"state": "finished", "step": figures.pop("step", 0), "fit": figures, "where": dict(run.where)}
         return training_outputs.close(
             run, key, bundle, {**head_of_run, **ended, **judge(run, config, chosen, is_quiet=is_quiet)}
@@ -75,20 +75,7 @@ def make_features(
 
     is_same = "bundle" in point.parent and config.size_px is None and config.head != "new"
     model = config.parent if is_same else str(_save_backbone(run, config, chosen, point))
-    asked = score.ScoreConfig(
-        source=config.corpus,
-        model=model,
-        out=str(run.folder.root / FEATURES),
-        runtime=config.runtime,
-        top_k=1,
-        embeddings=True,
-        address=config.address,
-        workers=config.workers if isinstance(config.workers, int) else config.workers[1],
-        num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus,
-        in_process_below=config.in_process_below if config.is_on_ray else 2**62,
-        has_report=False,
-    )
+    asked = finetune_start.score_config(run, config, model=model, folder=FEATURES, top_k=1, embeddings=True)
     said = score.run(asked, selection=Selection(_mask(config, chosen)), is_quiet=is_quiet, is_live=is_live)
     run.where.update(said["where"])
     append_line(run.folder.starts, {"attempt": 0, "step": 0, "world_size": 1, "at": round(time.time(), 3)})

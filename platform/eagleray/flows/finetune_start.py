@@ -11,16 +11,19 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from eagleray.core.errors import ConfigError, DataError
+from eagleray.flows.score import ScoreConfig
 from eagleray.flows.training_config import AUTO, TrainingConfig
 from eagleray.flows.training_data import Chosen, choose
-from eagleray.flows.training_run import Made
+from eagleray.flows.training_run import Made, Run
 from eagleray.infer.runtimes import RUNTIMES
+from eagleray.learn.distill_settings import DistillSettings
 from eagleray.vision.bundle import HEAD, load_bundle
 
 if TYPE_CHECKING:
+    from eagleray.learn.corpus_index import CorpusIndex
     from eagleray.learn.starting_point import StartingPoint
     from eagleray.learn.supervision import ClassificationSettings
 
@@ -43,7 +46,11 @@ class FinetuneConfig(TrainingConfig):
         c_values: Of ``head``: inverse strengths of the penalty to choose from.
         allow_missing: Train although a class of the corpus has no image in the split.
         judge: The split on which the page shows the result: a name, ``auto`` (val, else test), or empty for none.
-        runtime, in_process_below: As in ``score``: how features are made and the result is judged.
+        teacher: A bundle of the same labels that teaches too, in mode ``full`` (learn/distillation.py); none: labels
+            alone.
+        distill: As in learn.distill_settings.DistillSettings, e.g. ``distill.temperature``.
+        runtime, in_process_below: As in ``score``: how features are made, a cached teacher is asked and the result is
+            judged.
     """
 
     parent: str = Field(min_length=1)
@@ -71,6 +78,8 @@ class FinetuneConfig(TrainingConfig):
     c_values: tuple[float, ...] = Field((0.001, 0.01, 0.1, 1.0, 10.0), min_length=1)
     allow_missing: bool = False
     judge: str = AUTO
+    teacher: str | None = Field(None, min_length=1)
+    distill: DistillSettings = DistillSettings()
     runtime: str = "auto"
     in_process_below: int = Field(256, ge=0)
 
@@ -80,6 +89,19 @@ class FinetuneConfig(TrainingConfig):
         if value != "auto" and value not in RUNTIMES:
             raise ValueError(f"unknown runtime; one of auto, {', '.join(RUNTIMES)}")
         return value
+
+    @model_validator(mode="after")
+    def _can_be_taught(self) -> FinetuneConfig:
+        if self.teacher is None:
+            if self.distill != DistillSettings():
+                raise ValueError("distill is set, and there is no teacher: give teacher=BUNDLE")
+            return self
+        if self.mode != "full":
+            raise ValueError(f"a teacher, and mode {self.mode}: a teacher teaches a whole model; give mode=full")
+        is_mixed = self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        if self.distill.cache_teacher and self.distill.feature_weight and is_mixed:
+            raise ValueError("a cached teacher has no embedding of mixed images: give distill.cache_teacher=false")
+        return self
 
 
 def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
@@ -91,8 +113,20 @@ def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
     from eagleray.learn.classification import check_labels
 
     chosen = choose(config, labels=_kept_labels(config), needs_classes=True, is_allowed=config.allow_missing)
-    index, notes = check_labels(chosen.index, is_multi_label=config.is_multi_label)
+    is_taught = config.teacher is not None and config.distill.use_unlabelled
+    index, notes = check_labels(chosen.index, is_multi_label=config.is_multi_label, keeps_unlabelled=is_taught)
+    if config.balance == "sampler" and len(index) > num_labelled(index):
+        raise ConfigError(
+            f"balance=sampler, and {len(index) - num_labelled(index):,} images without a label for the teacher",
+            expected="images with a label: the sampler goes by classes",
+            fix="give distill.use_unlabelled=false, or balance=weights",
+        )
     return dataclasses.replace(chosen, index=index), (*chosen.notes, *notes)
+
+
+def num_labelled(index: CorpusIndex) -> int:
+    """Images that have a label."""
+    return int((index.num_targets > 0).sum())
 
 
 def _kept_labels(config: FinetuneConfig) -> tuple[str, ...] | None:
@@ -138,6 +172,10 @@ def work_key(config: FinetuneConfig, images: str, point: StartingPoint) -> dict[
     fields = config.key_fields()
     fields.pop("parent")  # a path, which may move; its digest stays
     parent = {name: point.parent[name] for name in ("source", "source_sha256", "model_digest") if name in point.parent}
+    if config.teacher is None:
+        del fields["teacher"], fields["distill"]  # the key of a run without one is what it was before there were any
+    else:
+        fields["teacher"] = load_bundle(config.teacher).model_digest
     return {**fields, "kind": "finetune", "size_px": point.spec.height, "images": images, "parent": parent}
 
 
@@ -151,10 +189,32 @@ def made_of(config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Mad
         "images": len(chosen.index),
         "class_counts": dict(zip(chosen.index.labels, chosen.index.class_counts.tolist(), strict=True)),
     }
+    if num_labelled(chosen.index) < len(chosen.index):
+        lineage["unlabelled"] = len(chosen.index) - num_labelled(chosen.index)
     for parameter in point.model.parameters():
         parameter.requires_grad_(True)
     output = "multi_label_logits" if config.is_multi_label else "logits"
     return Made(point.model.eval(), point.spec, point.labels, output, lineage)
+
+
+def score_config(
+    run: Run, config: FinetuneConfig, *, model: str, folder: str, top_k: int, embeddings: bool
+) -> ScoreConfig:
+    """A scoring run of the corpus into the run's folder, where and how the run itself goes."""
+    return ScoreConfig(
+        source=config.corpus,
+        model=model,
+        out=str(run.folder.root / folder),
+        runtime=config.runtime,
+        top_k=top_k,
+        embeddings=embeddings,
+        address=config.address,
+        workers=config.workers if isinstance(config.workers, int) else config.workers[1],
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus,
+        in_process_below=config.in_process_below if config.is_on_ray else 2**62,
+        has_report=False,
+    )
 
 
 def refuse_unjudged(config: FinetuneConfig, chosen: Chosen) -> str:

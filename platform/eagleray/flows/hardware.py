@@ -14,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from eagleray.core import processor
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 GIB = 2**30
 
@@ -23,12 +25,6 @@ SHM_FREE_GIB = 0.25  # the embedded object store takes 0.2 GiB (flows/runtime.py
 MEMORY_FREE_GIB = 3.0  # an embedded Ray with two workers and a ViT-B took 2.6 GiB
 OPEN_FILES = (1024, 4096)  # fail below, warn below: Ray's own advice starts at 4,096
 RAY_PORTS = {8265: "dashboard", 10001: "client"}
-CPU_FEATURES = {
-    "AVX2": ("avx2",),
-    "AVX-512": ("avx512f",),
-    "VNNI": ("avx512_vnni", "avx_vnni"),
-    "AMX": ("amx_int8", "amx_bf16"),
-}
 
 
 @dataclass(frozen=True)
@@ -64,15 +60,14 @@ def run(*, is_torch_cpu_only: bool) -> list[Check]:
 
 def cpu_features(cpuinfo: str) -> Check:
     """The vector units that the engines use."""
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
-    if line is None:
+    flags = processor.flags(cpuinfo)
+    if not flags:
         return Check("cpu", WARN, "its features cannot be read here", "nothing: the engines find out by themselves")
-    flags = set(line[1].split())
     model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    has = [name for name, any_of in CPU_FEATURES.items() if flags.intersection(any_of)]
-    lacks = [name for name in CPU_FEATURES if name not in has]
+    has = processor.features(flags)
+    lacks = [name for name in processor.FEATURES if name not in has]
     name = model[1].strip() if model else "CPU"
-    seen = f"{name}: {', '.join(has) or 'none of ' + ', '.join(CPU_FEATURES)}" + (
+    seen = f"{name}: {', '.join(has) or 'none of ' + ', '.join(processor.FEATURES)}" + (
         f"; not {', '.join(lacks)}" if has and lacks else ""
     )
     if "AVX2" in has or "asimd" in flags:
@@ -189,3 +184,8 @@ def _nvidia_smi() -> str | None:
         return subprocess.run(query, capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def gpu_name() -> str:
+    """The first GPU's name as its driver says it; empty where there is none."""
+    return (_nvidia_smi() or "").split("\n")[0].split(",")[0].strip()

@@ -25,6 +25,7 @@ KINDS = {
     commits.MANIFEST: "scores",
     "run.json": "scores",
     "metrics.json": "an evaluation",
+    "certificate.json": "a certificate",
 }
 
 
@@ -42,7 +43,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: A folder, or a record.json.
 
     Returns:
-        ``kind`` (corpus, bundle, scores, evaluation, record) and what belongs to it, as JSON values.
+        ``kind`` (corpus, bundle, scores, evaluation, certificate, record) and what belongs to it, as JSON values.
 
     Raises:
         DataError: There is nothing at the path.
@@ -61,11 +62,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _unfinished(path)
     if (path / "metrics.json").exists():
         return _evaluation(path)
+    if (path / "certificate.json").exists():
+        return _certificate(path)
     if (path / "manifest.json").exists() or (path / "_ingest").is_dir():
         return _corpus(path)
     near = [f"{child} ({kind})" for child in sorted(path.iterdir()) if (kind := _kind(child))]
     raise ArtifactError(
-        f"{path} is no corpus, bundle, scores folder, evaluation or record",
+        f"{path} is no corpus, bundle, scores folder, evaluation, certificate or record",
         expected=f"a folder with one of {', '.join(KINDS)}, or a record.json",
         fix=f"inspect one of {', '.join(near[:4])}" if near else "check the path",
     )
@@ -162,6 +165,24 @@ def _evaluation(path: Path) -> dict[str, Any]:
         "task": found.get("task"),
         **{name: found.get(name) for name in figures},
         **{name: found.get(name) for name in ("split", "left_out", "warnings", "corpus", "model", "runtime")},
+        "verified": _verify(path, listed)._asdict(),
+    }
+
+
+def _certificate(path: Path) -> dict[str, Any]:
+    """The run of a certification; of the bundle, which lies elsewhere, the digest is told and not compared."""
+    found = _read_optional(path / "certificate.json")
+    keep = ("kpi", "is_met", "policy", "claims", "objective", "split", "num_selection", "num_certification")
+    more = ("corpus", "model", "runtime", "certified_at")
+    listed = []
+    if (path / "record.json").exists():
+        subjects = read_record(path / "record.json").subjects
+        listed = [{"path": name, "sha256": digest} for name, digest in subjects.items() if "/" not in name]
+    return {
+        "kind": "certificate",
+        "path": str(path),
+        "schema": found.get("schema"),
+        **{name: found.get(name) for name in (*keep, *more)},
         "verified": _verify(path, listed)._asdict(),
     }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from eagleray.core import edge
 from eagleray.core.config import Config, load, parse_assignments
+from eagleray.flows.profiles import find_shipped
 
 C = TypeVar("C", bound=Config)
 
@@ -48,11 +48,8 @@ def run_job(kind: type[C], run: Callable[[C], Any], arguments: Sequence[str]) ->
 
 
 def find_recipe(path: str) -> Path:
-    """A recipe's file: as given, or under EAGLERAY_HOME."""
-    home = os.environ.get("EAGLERAY_HOME")
-    if not Path(path).exists() and home and (Path(home) / path).exists():
-        return Path(home) / path
-    return Path(path)
+    """A recipe's file: as given, or where what ships beside the code is found."""
+    return Path(path) if Path(path).exists() else find_shipped(path) or Path(path)
 
 
 def to_json(value: Any) -> Any:

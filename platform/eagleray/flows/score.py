@@ -235,7 +235,7 @@ def _resolve_runtime(
         note(f"runtime auto: {choice.name}" + (f" ({measured}, one worker)" if measured else ""))
         name = choice.name
     entry = find(RUNTIMES, name, what="runtime")
-    return {"name": name, "version": entry.version, "device": device, "precision": "fp32"}
+    return {"name": name, "version": entry.version, "device": device, "precision": bundle.precision}
 
 
 def _say_what_changed(plan: Plan, previous: Mapping[str, Any] | None, note: Any) -> None:

@@ -45,6 +45,9 @@ def run_training(
         refuse_other(run, work.key)
         for note in work.notes:
             run.line.note(note)
+        prepare = getattr(module, "prepare", None)
+        if prepare is not None:
+            prepare(run, is_quiet=is_quiet, is_live=is_live)
         training_outputs.write_running(run, work)
         with trained(run) as answer:
             if not answer["is_finished"]:

@@ -30,7 +30,7 @@ AUTO = "auto"
 ELSEWHERE = (  # change no weight, or only as another number of workers or threads does: by the order of sums
     *("out", "run_dir", "address", "workers", "num_cpus", "num_gpus", "threads", "decode_threads", "prefetch", "data"),
     *("resume", "max_failures", "resize_check_s", "report_every_s", "checkpoint_every_s", "checkpoint_every_steps"),
-    *("keep_checkpoints", "has_report", "corpus", "judge", "runtime", "allow_leaks", "allow_missing"),
+    *("keep_checkpoints", "has_report", "probe_images", "corpus", "judge", "runtime", "allow_leaks", "allow_missing"),
 )
 
 
@@ -62,6 +62,8 @@ class TrainingConfig(Config):
         max_failures: Worker failures that Ray Train answers by a restart from the newest checkpoint; -1 = any number.
         resize_check_s: How often an elastic run looks whether the cluster has changed.
         report_every_s, checkpoint_every_s, checkpoint_every_steps, keep_checkpoints: When, and how many stay.
+        probe_images: Of which the bundle's probe set is: sixteen of the corpus, which travel with the bundle, or
+            ``generated`` ones, where no image of the corpus may leave.
         has_report: Write report.html.
     """
 
@@ -106,6 +108,7 @@ class TrainingConfig(Config):
     checkpoint_every_s: float = Field(300.0, gt=0)
     checkpoint_every_steps: int | None = Field(None, ge=1)
     keep_checkpoints: int = Field(2, ge=2)
+    probe_images: Literal["corpus", "generated"] = "corpus"
     has_report: bool = True
 
     @field_validator("workers", mode="before")
@@ -162,7 +165,7 @@ def absolute(config: TrainingConfig) -> dict[str, Any]:
     """The config as JSON values, local paths absolute: Ray Train's workers have a working folder of their own."""
     values = config.model_dump(mode="json")
     values["run_dir"] = str(config.run_folder.resolve())
-    for name in ("corpus", "out", "parent"):
+    for name in ("corpus", "out", "parent", "teacher"):
         text = values.get(name)
         if isinstance(text, str) and Path(text).exists():
             values[name] = str(Path(text).resolve())

@@ -26,7 +26,12 @@ from eagleray.flows.training_run import Made, Run, command_line
 from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle, save_bundle
 
 if TYPE_CHECKING:
+    from eagleray.infer.runtimes import Uint8
+    from eagleray.learn.corpus_index import CorpusIndex
     from eagleray.learn.work import Work
+    from eagleray.vision.images import ImageSpec
+
+Prove = Callable[[ModelBundle], bytes]
 
 SCHEMA = 1
 
@@ -95,7 +100,7 @@ def finish(
     Returns:
         The summary.
     """
-    bundle = write_bundle(run, work.key, work.index.corpus_digest, made)
+    bundle = write_bundle(run, work.key, work.index, made)
     ended = {
         "state": "finished",
         "step": answer["step"],
@@ -149,22 +154,52 @@ def summary(value: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_bundle(run: Run, key: Mapping[str, Any], corpus_digest: str, made: Made) -> ModelBundle:
-    """Saves the model as the run's bundle, at ``out``."""
+def write_bundle(run: Run, key: Mapping[str, Any], index: CorpusIndex, made: Made) -> ModelBundle:
+    """Saves the model as the run's bundle, at ``out``, with a probe set; ``index`` is of what it was trained on."""
+    from eagleray.infer.parity import prove
+
     lineage = {
         **made.lineage,
-        "corpus_digest": corpus_digest,
+        "corpus_digest": index.corpus_digest,
         "config_digest": config_digest(run.config),
         "run_key": digest_json(dict(key)),
         "seed": run.config.seed,
         "versions": versions(),
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return save_made(run.config.out, made, lineage)
+    config = run.config
+    images = probe_images(index, made.spec) if config.probe_images == "corpus" else None
+    return save_made(config.out, made, lineage, probes=lambda bundle: prove(bundle, images))
 
 
-def save_made(path: str | Path, made: Made, lineage: Mapping[str, Any], *, has_onnx: bool = True) -> ModelBundle:
-    """Saves a model as a bundle, with its ONNX unless only torch will run it."""
+def probe_images(index: CorpusIndex, spec: ImageSpec) -> Uint8 | None:
+    """Sixteen images of a corpus as the model sees them, drawn by their ids; None where none can be decoded.
+
+    Returns:
+        uint8, shape (N, H, W, 3), N <= 16.
+    """
+    import numpy as np
+
+    from eagleray.infer.probes import NUM_PROBES
+    from eagleray.vision.images import ImageRefused, decode
+    from eagleray.vision.shard_images import ShardImages
+
+    found = []
+    with ShardImages(index.root) as images:
+        for position in np.argsort(index.keys, kind="stable"):  # an id is a digest: the order is as good as drawn
+            try:
+                found.append(decode(images.read(index.shards[index.shard[position]], int(index.row[position])), spec))
+            except ImageRefused:
+                continue
+            if len(found) == NUM_PROBES:
+                break
+    return np.stack(found) if found else None
+
+
+def save_made(
+    path: str | Path, made: Made, lineage: Mapping[str, Any], *, has_onnx: bool = True, probes: Prove | None = None
+) -> ModelBundle:
+    """Saves a model as a bundle: with its ONNX unless only torch will run it, with a probe set unless none will ask."""
     from eagleray.infer.export import export_onnx
     from eagleray.vision import backbones
     from eagleray.vision.state_dicts import to_safetensors
@@ -181,7 +216,8 @@ def save_made(path: str | Path, made: Made, lineage: Mapping[str, Any], *, has_o
     weights: dict[str, bytes | Path] = {SAFETENSORS: to_safetensors(made.model, str(path))}
     if has_onnx:
         weights[ONNX] = export_onnx(made.model, draft)
-    return save_bundle(path, draft, weights, timm_config=backbones.hub_config(made.model, made.spec, made.labels))
+    hub_config = backbones.hub_config(made.model, made.spec, made.labels)
+    return save_bundle(path, draft, weights, timm_config=hub_config, probes=probes)
 
 
 def _head(run: Run, work: Work) -> dict[str, Any]:
@@ -215,6 +251,8 @@ def _write_record(run: Run, key: Mapping[str, Any], bundle: ModelBundle, value: 
     for name in ("model_digest", "source_sha256"):
         if parent.get(name):
             inputs["parent"] = parent[name]
+    if "teacher" in bundle.lineage:
+        inputs["teacher"] = bundle.lineage["teacher"]["model_digest"]
     keep = ("config_digest", "run_key", "versions", "step", "starts", "started_at", "ended_at", "figures")
     predicate = {
         **{name: value[name] for name in keep if name in value},

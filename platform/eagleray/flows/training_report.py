@@ -28,6 +28,7 @@ FIGURES = {  # what probes, detectors and tasks log, in words
     "knn_top1": "k nearest neighbours, share right",
     "linear_top1": "linear probe, share right",
     "accuracy": "share right on training images",
+    "teacher_agreement": "share of images on which student and teacher agree",
     "spread": "spread of features",
     "projection_spread": "spread of projections",
     "effective_rank": "effective rank of features",

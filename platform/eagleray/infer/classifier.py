@@ -1,6 +1,7 @@
 """Bytes in, typed predictions out: the one path that bulk, online and in-process answers share.
 
-A bad image never raises: it becomes a quarantined Prediction with a reason code. Imports neither torch nor Ray.
+A bad image never raises: it becomes a quarantined Prediction with a reason code. A bundle with a probe set is held to
+it when it is compiled on hardware that it was not seen on before (parity.py). Imports neither torch nor Ray.
 
 Example:
     >>> classifier = Classifier("models/lite0", runtime="onnx")
@@ -19,6 +20,8 @@ import numpy as np
 
 from eagleray.core.errors import ArtifactError, ConfigError
 from eagleray.core.tables import resolve
+from eagleray.infer.parity import require_parity
+from eagleray.infer.probabilities import to_probabilities, top_k
 from eagleray.infer.runtimes import RUNTIMES, Float32, Runtime, Uint8
 from eagleray.vision.bundle import ModelBundle, load_bundle
 from eagleray.vision.images import ImageRefused, decode
@@ -54,7 +57,7 @@ class Classifier:
     Raises:
         ConfigError: An unknown runtime or device, top_k or threads below 1, or an embedding that the bundle lacks.
         CapabilityError: The engine or the device is not here.
-        ArtifactError: The bundle does not hold.
+        ArtifactError: The bundle does not hold, or answers its probe set otherwise on this engine and machine.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Classifier:
             runtime = choose_runtime(self.bundle, threads=threads, device=device).name
         kind = resolve(RUNTIMES, runtime, what="runtime")
         self._runtime: Runtime = kind(self.bundle, threads=threads, device=device, wants_embedding=wants_embedding)
+        require_parity(self.bundle, self._runtime)
         self._labels = [(label.id, label.name) for label in self.bundle.labels]
         self._top_k = min(top_k, len(self._labels))
         self._digest = self.bundle.model_digest
@@ -136,11 +140,7 @@ class Classifier:
                 expected="finite outputs for every picture",
                 fix="train or import the model again",
             )
-        if self.bundle.output == "probabilities":
-            return Inference(outputs.logits, outputs.embedding)
-        if self.bundle.output == "multi_label_logits":
-            return Inference(sigmoid(outputs.logits), outputs.embedding)
-        return Inference(softmax(outputs.logits), outputs.embedding)
+        return Inference(to_probabilities(outputs.logits, self.bundle.output), outputs.embedding)
 
     def predictions(self, probabilities: Float32, embedding: Float32 | None = None) -> list[Prediction]:
         """Says probabilities as predictions: label, top-k, decision.
@@ -188,39 +188,3 @@ class Classifier:
         inference = self.infer(batch[:filled])
         scored = iter(self.predictions(inference.probabilities, inference.embedding))
         return [refusals.get(position) or next(scored) for position in range(len(images))]
-
-
-def softmax(logits: Float32) -> Float32:
-    """Probabilities of logits, float32 (N, C), along the last axis; the largest logit is taken off first."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
-
-
-def sigmoid(logits: Float32) -> Float32:
-    """Probabilities of logits, each for itself; float32, any shape; no overflow at either end."""
-    small = np.exp(-np.abs(logits))
-    return np.asarray(np.where(logits >= 0, 1.0, small) / (1.0 + small), np.float32)
-
-
-def top_k(probabilities: Float32, k: int) -> tuple[np.ndarray, Float32]:
-    """The k largest of each row, largest first; of equals the lower index comes first.
-
-    Args:
-        probabilities: float32, shape (N, C).
-        k: 1..C.
-
-    Returns:
-        Indices (N, k) and values (N, k).
-    """
-    if k == probabilities.shape[1]:
-        order = np.argsort(-probabilities, axis=1, kind="stable")
-        return order, np.take_along_axis(probabilities, order, axis=1)
-    found = np.sort(np.argpartition(-probabilities, k - 1, axis=1)[:, :k], axis=1)
-    values = np.take_along_axis(probabilities, found, axis=1)
-    # A partition takes any of several equals at its border: those rows, and only those, are sorted whole
-    is_tied = (probabilities >= values.min(axis=1, keepdims=True)).sum(axis=1) > k
-    if is_tied.any():
-        found[is_tied] = np.argsort(-probabilities[is_tied], axis=1, kind="stable")[:, :k]
-        values = np.take_along_axis(probabilities, found, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    return np.take_along_axis(found, order, axis=1), np.take_along_axis(values, order, axis=1)

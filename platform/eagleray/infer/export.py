@@ -1,5 +1,7 @@
 """The one ONNX: input "image" (float32 N,3,H,W), outputs "logits" and "embedding", batch axis "batch", one file.
 
+With ``has_preprocessing`` the input is uint8 N,H,W,3 and the normalisation is part of the graph.
+
 The same model gives the same bytes: traces of the exporting machine (stack traces, names of files) are taken out, so
 that an import can be repeated and compared by digest.
 
@@ -14,11 +16,13 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from eagleray.core.config import digest_json
 from eagleray.core.errors import ArtifactError
-from eagleray.vision.bundle import ModelBundle
+from eagleray.vision.bundle import ONNX, ModelBundle
+from eagleray.vision.onnx_graph import BATCH, FLOAT, IMAGE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,14 +30,16 @@ if TYPE_CHECKING:
 OPSET = 20  # the newest that TensorRT and OpenVINO both read (ecosystem notes of 2026-11)
 MAX_BATCH = 65_536  # upper bound of the symbolic batch axis
 MAX_ONNX_BYTES = 2**31 - 1  # one protobuf message
+UINT8 = 2  # TensorProto.UINT8
 
 
-def export_onnx(model: nn.Module, draft: ModelBundle) -> bytes:
+def export_onnx(model: nn.Module, draft: ModelBundle, *, has_preprocessing: bool = False) -> bytes:
     """Exports a timm model.
 
     Args:
         model: A timm classifier, on the CPU; it is put into eval mode.
         draft: The bundle to be: its labels, preprocessing and policy go into the file's metadata.
+        has_preprocessing: As in seal_onnx.
 
     Returns:
         The bytes of the ONNX file.
@@ -69,10 +75,9 @@ def export_onnx(model: nn.Module, draft: ModelBundle) -> bytes:
         ) from error
     proto = program.model_proto
     _strip(proto)
-    _describe(proto, draft)
-    if proto.ByteSize() > MAX_ONNX_BYTES:
-        raise ArtifactError(f"{draft.architecture} is over 2 GiB as ONNX", expected="a file of at most 2 GiB")
-    return bytes(proto.SerializeToString(deterministic=True))
+    if has_preprocessing:
+        _put_preprocessing(proto, draft)
+    return _bytes(proto, draft, {})
 
 
 @contextlib.contextmanager
@@ -102,6 +107,103 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+def export_bundle(bundle: ModelBundle) -> bytes:
+    """The ONNX of a saved bundle that holds a timm model's weights only.
+
+    Raises:
+        ArtifactError: The weights do not fit the architecture, or it cannot be exported.
+    """
+    from eagleray.infer.runtimes.torch_eager import load_model
+
+    return export_onnx(load_model(bundle).model, bundle)
+
+
+def seal_onnx(data: bytes, bundle: ModelBundle, *, has_preprocessing: bool = False) -> bytes:
+    """An ONNX file of a bundle as it leaves the house: what the bundle is now in its metadata, in one file.
+
+    What it says besides: precision, has_preprocessing, the bundle's model_digest and the SHA-256 of its lineage.
+
+    Args:
+        data: The bundle's model.onnx: FP32, typed FP16 or Q/DQ.
+        bundle: Its labels, preprocessing, policy and lineage go into the metadata.
+        has_preprocessing: Put the normalisation in front: the input "image" is then uint8 N,H,W,3 in the colour order
+            of the bundle's ImageSpec, as images.decode gives it. Resizing and cropping stay with the caller.
+
+    Raises:
+        ArtifactError: Not a single-file ONNX model of standard operators, or over 2 GiB.
+        CapabilityError: The package onnx is not installed.
+    """
+    from eagleray.vision.onnx_graph import parse
+
+    proto = parse(data, f"{bundle.name}/{ONNX}")
+    if has_preprocessing and proto.graph.input[0].type.tensor_type.elem_type == FLOAT:
+        _put_preprocessing(proto, bundle)
+    proto.ClearField("metadata_props")
+    return _bytes(
+        proto,
+        bundle,
+        {
+            "precision": getattr(bundle, "precision", "fp32"),
+            "has_preprocessing": proto.graph.input[0].type.tensor_type.elem_type == UINT8,
+            "model_digest": bundle.model_digest,
+            "lineage_sha256": digest_json(dict(bundle.lineage)),
+        },
+    )
+
+
+def with_preprocessing(data: bytes, bundle: ModelBundle) -> bytes:
+    """The graph of a bundle's model.onnx with the normalisation in front and no metadata: what an engine is built from.
+
+    Raises:
+        ArtifactError, CapabilityError: As seal_onnx says.
+    """
+    from eagleray.vision.onnx_graph import parse
+
+    proto = parse(data, f"{bundle.name}/{ONNX}")
+    if proto.graph.input[0].type.tensor_type.elem_type == FLOAT:
+        _put_preprocessing(proto, bundle)
+    proto.ClearField("metadata_props")
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _bytes(proto: Any, draft: ModelBundle, more: Mapping[str, Any]) -> bytes:
+    _describe(proto, draft, more)
+    if proto.ByteSize() > MAX_ONNX_BYTES:
+        raise ArtifactError(f"{draft.architecture} is over 2 GiB as ONNX", expected="a file of at most 2 GiB")
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _put_preprocessing(proto: Any, draft: ModelBundle) -> None:
+    """Puts images.normalize in front of a graph: Cast, Mul, Add in float32, Transpose."""
+    from onnx import helper, numpy_helper
+
+    graph, spec = proto.graph, draft.image_spec
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    taken |= {tensor.name for tensor in graph.initializer}
+    names = [f"normalize_{part}" for part in ("x", "float", "scaled", "shifted", "scale", "bias")]
+    while taken & set(names):
+        names = [f"{name}_" for name in names]
+    x, as_float, scaled, shifted, scale, bias = names
+    for node in graph.node:
+        node.input[:] = [x if name == IMAGE else name for name in node.input]
+    factors = zip((scale, bias), spec.scale_and_bias, strict=True)
+    graph.initializer.extend(numpy_helper.from_array(value.reshape(1, 1, 1, 3), name) for name, value in factors)
+    steps = [
+        helper.make_node("Cast", [IMAGE], [as_float], name=as_float, to=FLOAT),
+        helper.make_node("Mul", [as_float, scale], [scaled], name=scaled),
+        helper.make_node("Add", [scaled, bias], [shifted], name=shifted),
+        helper.make_node("Transpose", [shifted], [x], name=x, perm=[0, 3, 1, 2]),
+    ]
+    nodes = [*steps, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    batch = graph.input[0].type.tensor_type.shape.dim[0]
+    first: int | str = batch.dim_value if batch.HasField("dim_value") else batch.dim_param or BATCH
+    image = helper.make_tensor_value_info(IMAGE, UINT8, [first, spec.height, spec.width, 3])
+    del graph.input[:]
+    graph.input.append(image)
+
+
 def _strip(proto: Any) -> None:
     """Takes out what tells of the exporting machine: stack traces, doc strings, node metadata, shapes in between."""
     proto.doc_string = ""
@@ -116,8 +218,8 @@ def _strip(proto: Any) -> None:
         part.ClearField("metadata_props")
 
 
-def _describe(proto: Any, draft: ModelBundle) -> None:
-    """Says in metadata_props what a reader without our bundle needs: labels, preprocessing, thresholds."""
+def _describe(proto: Any, draft: ModelBundle, more: Mapping[str, Any]) -> None:
+    """Says in metadata_props what a reader without our bundle needs: labels, preprocessing, thresholds, and more."""
     from eagleray import __version__
 
     proto.producer_name, proto.producer_version = "eagleray", __version__
@@ -127,6 +229,7 @@ def _describe(proto: Any, draft: ModelBundle) -> None:
         "image_spec": draft.image_spec.to_json(),
         "output": draft.output,
         "policy": draft.policy.to_json() if draft.policy else None,
+        **more,
     }
     for key, value in words.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value, sort_keys=True))

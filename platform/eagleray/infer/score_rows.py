@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from eagleray.core import storage
 from eagleray.core.errors import ArtifactError
-from eagleray.infer.classifier import Classifier, top_k
+from eagleray.infer.classifier import Classifier
+from eagleray.infer.probabilities import top_k
 from eagleray.vision.images import ImageRefused, Limits, Reason
 from eagleray.vision.inputs import read_unit_listing
 from eagleray.vision.prediction import decide

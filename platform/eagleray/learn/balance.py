@@ -98,7 +98,12 @@ def _rounded(values: NDArray[np.float64], total: int) -> Ints:
 
 
 def soft_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, *, weight: torch.Tensor | None = None, gamma: float = 0.0
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    gamma: float = 0.0,
+    share: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy against class probabilities, weighted, focal when gamma > 0.
 
@@ -110,6 +115,7 @@ def soft_cross_entropy(
         targets: float (N, C): each row sums to 1.
         weight: float (C,).
         gamma: How much less a well-known example counts.
+        share: float (N,): how much of each image counts; None: all of it.
 
     Returns:
         Scalar.
@@ -120,11 +126,17 @@ def soft_cross_entropy(
         terms = terms * (1 - log_p.exp()) ** gamma
     if weight is not None:
         terms = terms * weight
-    return terms.sum(-1).mean()
+    rows = terms.sum(-1)
+    return rows.mean() if share is None else (rows * share).mean()
 
 
 def soft_binary_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, *, weight: torch.Tensor | None = None, gamma: float = 0.0
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    gamma: float = 0.0,
+    share: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Binary cross-entropy of every label by itself, weighted, focal when gamma > 0.
 
@@ -135,6 +147,7 @@ def soft_binary_cross_entropy(
         targets: float (N, C), 0 to 1.
         weight: float (C,): of the positive part of each label.
         gamma: How much less a well-known example counts.
+        share: float (N,): how much of each image counts; None: all of it.
 
     Returns:
         Scalar: mean over images and labels.
@@ -144,7 +157,7 @@ def soft_binary_cross_entropy(
     if gamma:
         p = logits.sigmoid()
         terms = terms * (1 - p * targets - (1 - p) * (1 - targets)) ** gamma
-    return terms.mean()
+    return terms.mean() if share is None else (terms.mean(-1) * share).mean()
 
 
 def positive_weights(counts: Ints, num_images: int) -> NDArray[np.float32]:

@@ -81,13 +81,24 @@ class ClassificationTask(nn.Module):  # type: ignore[misc]
 
     def training_step(self, batch: Mapping[str, torch.Tensor], progress: Progress) -> StepOutput:
         """The loss of a batch; logs the share of images whose best class is right, where nothing is mixed."""
-        x, targets, mixing = self.normalized(batch["image"]), self.loss.targets(batch), self.settings.mixing
-        if mixing.is_on:
-            generator = np.random.default_rng([self.settings.seed, progress.step, parallel.rank()])
-            x, targets = mix(x, targets, mixing, generator)
-        logits, embedding = self._run(self.backbone, x)
-        logs = {} if mixing.is_on else accuracy(logits, batch)
+        x, targets = self.mixed(self.normalized(batch["image"]), self.loss.targets(batch), progress)
+        logits, embedding = self.run(x)
+        logs = {} if self.settings.mixing.is_on else accuracy(logits, batch)
         return StepOutput(self.loss(logits, targets), logs, embedding.detach())
+
+    def run(self, x_nchw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, C) and embedding (N, D) of normalised images, compiled where that was asked for."""
+        logits, embedding = self._run(self.backbone, x_nchw)
+        return logits, embedding
+
+    def mixed(
+        self, x_nchw: torch.Tensor, targets: torch.Tensor, progress: Progress
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets (N, any number of columns) mixed as the settings say, from (seed, step, rank)."""
+        if not self.settings.mixing.is_on:
+            return x_nchw, targets
+        generator = np.random.default_rng([self.settings.seed, progress.step, parallel.rank()])
+        return mix(x_nchw, targets, self.settings.mixing, generator)
 
     def normalized(self, image_u8_nhwc: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) as the model's input, float (N, 3, H, W), channels last in memory."""
@@ -161,15 +172,19 @@ def accuracy(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> dict[st
     return {"accuracy": (logits.detach().argmax(-1) == batch["target"]).float().mean()}
 
 
-def check_labels(index: CorpusIndex, *, is_multi_label: bool = False) -> tuple[CorpusIndex, tuple[str, ...]]:
+def check_labels(
+    index: CorpusIndex, *, is_multi_label: bool = False, keeps_unlabelled: bool = False
+) -> tuple[CorpusIndex, tuple[str, ...]]:
     """The images that a classifier can learn from, and what to tell of the others.
 
     Args:
         index: Of the training images.
         is_multi_label: Whether an image may have several labels.
+        keeps_unlabelled: Whether images without a label stay: a teacher tells what they are.
 
     Returns:
-        The index without images that have no label; a line for each thing that a person should know.
+        The index, without images that have no label unless they are kept; a line for each thing that a person should
+        know.
 
     Raises:
         DataError: No image has a label, all have the same, or some have several and it is not multi-label.
@@ -193,11 +208,12 @@ def check_labels(index: CorpusIndex, *, is_multi_label: bool = False) -> tuple[C
         )
     notes = []
     if (counts == 0).any():
-        notes.append(f"{int((counts == 0).sum()):,} of {len(index):,} images have no label and are left out")
+        then = "learn from the teacher alone" if keeps_unlabelled else "are left out"
+        notes.append(f"{int((counts == 0).sum()):,} of {len(index):,} images have no label and {then}")
     absent = [label for label in index.labels if label not in set(present)]
     if absent:
         notes.append(f"no training image of {len(absent)} classes: {', '.join(absent[:5])}")
-    return index.subset(counts > 0), tuple(notes)
+    return index if keeps_unlabelled else index.subset(counts > 0), tuple(notes)
 
 
 def check_split(name: str, index: CorpusIndex, labels: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eagleray.core.commits import open_scores
@@ -59,6 +61,40 @@ def read_features(scores: str | Path, index: CorpusIndex) -> NDArray[np.float32]
             f"{scores} has no embedding of {int((~has).sum()):,} of {len(index):,} images",
             expected="every image scored",
             fix="score the corpus again with --embeddings, and look at what was quarantined",
+        )
+    return found
+
+
+def read_probabilities(scores: str | Path, index: CorpusIndex) -> NDArray[np.float32]:
+    """What a model said of an index's images, from a finished ``score`` run over its corpus that kept every label.
+
+    Args:
+        scores: The ``--out`` folder of ``eagleray score --top-k``, with as many as the model has labels.
+        index: Which images, in which order; its labels are the columns.
+
+    Returns:
+        float32 (N, C).
+
+    Raises:
+        DataError: The run lacks images or labels of the index.
+    """
+    wanted = {index.id_of(position): position for position in range(len(index))}
+    found = np.full((len(index), len(index.labels)), np.nan, np.float32)
+    columns = pa.array(index.labels, pa.string())
+    for batch in open_scores(scores).to_batches(columns=["id", "topk_labels", "topk_scores"]):
+        places = [wanted.get(image_id, -1) for image_id in batch.column("id").to_pylist()]
+        lists = batch.column("topk_labels")
+        rows = np.repeat(np.array(places, np.int64), pc.fill_null(pc.list_value_length(lists), 0).to_numpy())
+        labels = pc.fill_null(pc.index_in(lists.flatten(), value_set=columns), -1).to_numpy()
+        values = batch.column("topk_scores").flatten().to_numpy()
+        is_ours = (rows >= 0) & (labels >= 0)
+        found[rows[is_ours], labels[is_ours]] = values[is_ours]
+    has = ~np.isnan(found).any(1)
+    if not has.all():
+        raise DataError(
+            f"{scores} does not say all {len(index.labels)} labels of {int((~has).sum()):,} of {len(index):,} images",
+            expected="every image scored, with every label",
+            fix=f"score the corpus again with --top-k {len(index.labels)}, and look at what was quarantined",
         )
     return found
 

@@ -70,10 +70,20 @@ def begin(
     return _from_name(source, labels, size_px, is_pretrained=is_pretrained, seed=seed)
 
 
-def _from_bundle(bundle: ModelBundle, labels: Sequence[str], size_px: int | None, seed: int) -> StartingPoint:
+def load_model(bundle: ModelBundle, *, size_px: int | None = None) -> nn.Module:
+    """The model of a bundle with its weights, on the CPU, in eval mode.
+
+    Args:
+        bundle: Of a timm architecture, pruned or not.
+        size_px: Side of the input; None: the bundle's.
+
+    Raises:
+        ConfigError: The bundle is a foreign ONNX graph.
+        ArtifactError: Its weights do not fit its architecture.
+    """
     if bundle.architecture == FOREIGN or SAFETENSORS not in bundle.files:
         raise ConfigError(
-            f"{bundle.path} was imported from an ONNX file: it has no weights that can be trained",
+            f"{bundle.path} was imported from an ONNX file, or quantized: it has no weights that torch runs",
             expected="a bundle of a timm architecture",
             fix="import the model by its timm name and its state dict: eagleray import NAME --weights FILE",
         )
@@ -83,6 +93,11 @@ def _from_bundle(bundle: ModelBundle, labels: Sequence[str], size_px: int | None
         backbones.Backbone(name=bundle.architecture, num_classes=len(bundle.labels), model_args=args)
     )
     fill(model, read_state_dict(bundle.read_verified(SAFETENSORS), SAFETENSORS), str(bundle.path))
+    return model
+
+
+def _from_bundle(bundle: ModelBundle, labels: Sequence[str], size_px: int | None, seed: int) -> StartingPoint:
+    model = load_model(bundle, size_px=size_px)
     known = {label.id: label for label in bundle.labels}
     note = _fit_head(model, bundle.label_ids, labels, bundle.name, seed)
     spec = bundle.image_spec if size_px is None else replace(bundle.image_spec, height=size_px, width=size_px)

@@ -96,9 +96,19 @@ class ClassificationLoss(nn.Module):  # type: ignore[misc]
             return soft_labels(batch["labels"], smoothing=smoothing)
         return soft_targets(batch["target"], self.num_classes, smoothing=smoothing)
 
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Scalar loss of logits (N, C) against targets (N, C)."""
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+        """Scalar loss of logits (N, C) against targets (N, C).
+
+        Args:
+            logits: The model's.
+            targets: As ``targets`` gives them.
+            known: float (N,): the share of an image that has a label, for batches with images that have none: 0 of
+                such, 1 of others, between them where both are mixed. Its targets are times it, and so is its part of
+                the mean, which stays one over all N images.
+        """
         settings = self.settings
         adjusted = logits.float() if self._prior is None else logits.float() + self._prior
         loss_of = soft_binary_cross_entropy if settings.is_multi_label else soft_cross_entropy
-        return loss_of(adjusted, targets, weight=self._weight, gamma=settings.focal_gamma)
+        if known is not None:
+            targets = targets / known.clamp(min=1e-6)[:, None]
+        return loss_of(adjusted, targets, weight=self._weight, gamma=settings.focal_gamma, share=known)

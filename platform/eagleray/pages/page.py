@@ -17,9 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagleray import __version__
-from eagleray.assure.report import Bars, Block, Curves, Heatmap, Histogram, Line, Report, Table
+from eagleray.assure.report import (
+    Bars,
+    Block,
+    Curves,
+    Heatmap,
+    Histogram,
+    Intervals,
+    Line,
+    Report,
+    Scatter,
+    Table,
+)
 from eagleray.core.storage import write_atomic
-from eagleray.pages import plots, sheets, wording
+from eagleray.pages import interval_plots, plots, sheets, wording
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -81,6 +92,8 @@ def _environment() -> Environment:
         Line: plots.line,
         Curves: plots.curves,
         Heatmap: plots.heatmap,
+        Intervals: interval_plots.intervals,
+        Scatter: interval_plots.scatter,
     }
     environment.filters.update(
         visible=wording.visible,

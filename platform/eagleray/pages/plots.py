@@ -60,18 +60,18 @@ def histogram(block: Histogram) -> str:
     for (left, right), count in zip(pairwise(block.edges), block.counts, strict=True):
         x, width = 100 * (left - first) / span, 100 * (right - left) / span
         height = max(100 * count / ticks[-1], 0.7) if count else 0.0
-        told = f"{_edge(left)} to {_edge(right)}: {count:,} {block.y_label}".strip()
+        told = f"{edge(left)} to {edge(right)}: {count:,} {block.y_label}".strip()
         marks.append(
             f'<rect class="mark" x="{x + 0.06 * width:.3f}%" y="{100 - height:.3f}%" width="{0.88 * width:.3f}%" '
             f'height="{height:.3f}%"><title>{escape(wording.visible(told))}</title></rect>'
         )
-    x_ticks = [(100 * (tick - first) / span, _edge(tick)) for tick in _inner_ticks(first, last)]
+    x_ticks = [(100 * (tick - first) / span, edge(tick)) for tick in inner_ticks(first, last)]
     peak = max(range(len(block.counts)), key=lambda index: block.counts[index])
     told = (
         f"{block.title}: histogram of {sum(block.counts):,} {block.y_label} over {block.x_label}; the highest bar is "
-        f"{block.counts[peak]:,}, from {_edge(block.edges[peak])} to {_edge(block.edges[peak + 1])}"
+        f"{block.counts[peak]:,}, from {edge(block.edges[peak])} to {edge(block.edges[peak + 1])}"
     )
-    return _frame("".join(marks), told, x_ticks, ticks, (block.x_label, block.y_label)) + _numbers(block)
+    return frame("".join(marks), told, x_ticks, ticks, (block.x_label, block.y_label)) + _numbers(block)
 
 
 def line(block: Line) -> str:
@@ -96,12 +96,12 @@ def line(block: Line) -> str:
     if block.x_unit == "s":
         x_ticks = [(100 * (tick - first) / span, label) for tick, label in time_ticks(last)]
     else:
-        x_ticks = [(100 * (tick - first) / span, _edge(tick)) for tick in _inner_ticks(first, last)]
+        x_ticks = [(100 * (tick - first) / span, edge(tick)) for tick in inner_ticks(first, last)]
     told = (
         f"{block.title}: {block.y_label} over {block.x_label}; lowest {wording.number(min(ys))}, "
         f"highest {wording.number(max(ys))}, {block.reference_label}"
     )
-    return _frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
+    return frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
 
 
 def curves(block: Curves) -> str:
@@ -112,7 +112,11 @@ def curves(block: Curves) -> str:
     xs, ys = [x for x, _ in points], [y for _, y in points]
     first, last = (0.0, 1.0) if block.is_unit else (min(xs), max(xs))
     span = (last - first) or 1.0
-    ticks = [index / NUM_TICKS for index in range(NUM_TICKS + 1)] if block.is_unit else _ticks(min(0.0, *ys), max(ys))
+    ticks = (
+        [index / NUM_TICKS for index in range(NUM_TICKS + 1)]
+        if block.is_unit
+        else enclosing_ticks(min(0.0, *ys), max(ys))
+    )
     low, high = ticks[0], ticks[-1]
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
@@ -125,19 +129,19 @@ def curves(block: Curves) -> str:
         shape = " ".join(f"{10 * x:.1f},{10 * y:.1f}" for x, y in at)
         lines.append(f'<polyline class="stroke s{index}" points="{shape}"/>')
         for (x, y), point in zip(at, curve.points, strict=True) if block.has_marks else ():
-            told = f"{curve.label}: {_edge(point[0])}, {wording.number(point[1], 3)}"
+            told = f"{curve.label}: {edge(point[0])}, {wording.number(point[1], 3)}"
             title = f"<title>{escape(wording.visible(told))}</title>"
             dots.append(f'<circle class="dot s{index}" cx="{x:.2f}%" cy="{y:.2f}%" r="3.500">{title}</circle>')
     marks = (
         f'{diagonal}<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
         f'overflow="visible">{"".join(lines)}</svg>{"".join(dots)}'
     )
-    x_ticks = [(100 * (tick - first) / span, _edge(tick)) for tick in _inner_ticks(first, last)]
+    x_ticks = [(100 * (tick - first) / span, edge(tick)) for tick in inner_ticks(first, last)]
     ends = "; ".join(
         f"{curve.label} ends at {wording.number(curve.points[-1][1], 3)}" for curve in block.curves if curve.points
     )
     told = f"{block.title}: {block.y_label} over {block.x_label}; {ends}"
-    return _legend(block.curves) + _frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
+    return _legend(block.curves) + frame(marks, told, x_ticks, ticks, (block.x_label, block.y_label))
 
 
 def _legend(shown: Sequence[Curve]) -> str:
@@ -216,7 +220,7 @@ def nice_ticks(top: float, *, is_count: bool = False) -> list[float]:
     return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def enclosing_ticks(low: float, high: float) -> list[float]:
     """Round values that enclose ``low`` (<= 0) to ``high``."""
     step = nice_ticks(high - low)[1]
     return [step * index for index in range(math.floor(low / step + 1e-9), max(1, math.ceil(high / step - 1e-9)) + 1)]
@@ -236,7 +240,7 @@ def time_ticks(last_s: float) -> list[tuple[float, str]]:
     return [(tick, f"{tick // unit_s:,} {unit}" if tick else "0") for tick in range(0, int(last_s) + 1, step)]
 
 
-def _inner_ticks(first: float, last: float) -> list[float]:
+def inner_ticks(first: float, last: float) -> list[float]:
     """Round values from ``first`` to ``last``, ends included when they are round."""
     span = last - first
     if span <= 0:
@@ -245,11 +249,12 @@ def _inner_ticks(first: float, last: float) -> list[float]:
     return [step * index for index in range(math.ceil(first / step - 1e-9), math.floor(last / step + 1e-9) + 1)]
 
 
-def _edge(value: float) -> str:
+def edge(value: float) -> str:
+    """A value on an axis or in a hint."""
     return f"{value:.6g}"
 
 
-def _frame(
+def frame(
     marks: str, told: str, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[float], labels: tuple[str, str]
 ) -> str:
     """Axes, ticks and labels around marks that fill 0 to 100 % both ways."""
@@ -275,7 +280,7 @@ def _frame(
 
 def _numbers(block: Histogram) -> str:
     rows = "".join(
-        f"<tr><td>{_edge(left)} to {_edge(right)}</td><td class='n'>{count:,}</td></tr>"
+        f"<tr><td>{edge(left)} to {edge(right)}</td><td class='n'>{count:,}</td></tr>"
         for (left, right), count in zip(pairwise(block.edges), block.counts, strict=True)
     )
     x_label, y_label = (escape(wording.visible(label)) for label in (block.x_label, block.y_label))

@@ -25,6 +25,7 @@ from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
 from eagleray.vision.images import ImageSpec
 from eagleray.vision.prediction import Label
 from eagleray.vision.torchvision_guard import ensure_importable
+from eagleray.vision.widths import CHANNELS, narrow
 
 ensure_importable()
 
@@ -46,7 +47,7 @@ class Backbone:
         name: A timm name (with or without tag), "local-dir:FOLDER" or "hf-hub:ORG/NAME".
         pretrained: Whether to load the weights that the name stands for.
         num_classes: Outputs; None keeps the name's own.
-        model_args: More arguments of the architecture, e.g. img_size.
+        model_args: More arguments of the architecture, e.g. img_size; ``channels``: the widths of a pruned one.
     """
 
     name: str
@@ -72,9 +73,11 @@ def create(backbone: Backbone) -> nn.Module:
 
     Raises:
         ConfigError: timm has no such architecture, or it refuses the arguments.
-        ArtifactError: The folder or repository named is not a timm model.
+        ArtifactError: The folder or repository named is not a timm model; or ``channels`` do not fit the architecture.
         CapabilityError: Pretrained weights cannot be had from here.
     """
+    args = dict(backbone.model_args)
+    channels = args.pop(CHANNELS, None)
     name, is_local = backbone.name, backbone.name.startswith("local-dir:")
     if not is_timm_name(name):
         near = nearest_names(name)
@@ -86,7 +89,7 @@ def create(backbone: Backbone) -> nn.Module:
     try:
         with _offline_when_cut_off():
             model: nn.Module = timm.create_model(
-                name, pretrained=backbone.pretrained, num_classes=backbone.num_classes, **backbone.model_args
+                name, pretrained=backbone.pretrained, num_classes=backbone.num_classes, **args
             )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -101,7 +104,26 @@ def create(backbone: Backbone) -> nn.Module:
                 fix="give the weights as a file: --weights FILE.safetensors, or import lite0, which comes in a package",
             ) from error
         raise ConfigError(f"timm cannot make {name}: {reason}", expected="weights and arguments that fit it") from error
+    if channels is not None:
+        mark_pruned(model, channels)
     return model.eval()
+
+
+def mark_pruned(model: nn.Module, channels: Mapping[str, Sequence[int]]) -> None:
+    """Narrows a model as timm makes it to the widths of a pruned one, which ``saved_args`` then says.
+
+    Raises:
+        ArtifactError: They do not fit the architecture.
+    """
+    if not isinstance(channels, Mapping):
+        raise ArtifactError(f"channels are a {type(channels).__name__}", expected="layer names and their widths")
+    narrow(model, channels)
+    model.pruned_channels = {name: list(value) for name, value in channels.items()}  # type: ignore[assignment]
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether a model is narrower than timm makes its architecture."""
+    return hasattr(model, "pruned_channels")
 
 
 @contextlib.contextmanager
@@ -183,7 +205,8 @@ def pretrained_tag(model: nn.Module) -> str:
 
 def saved_args(model: nn.Module) -> dict[str, Any]:
     """The arguments that make the same model again, but for the number of classes and channels."""
-    return {key: value for key, value in get_model_args(model).items() if key not in REBUILT}
+    args = {key: value for key, value in get_model_args(model).items() if key not in REBUILT}
+    return {**args, CHANNELS: model.pruned_channels} if is_pruned(model) else args
 
 
 def eval_spec(model: nn.Module) -> ImageSpec:
@@ -224,8 +247,13 @@ def imagenet_labels(subset: str = "imagenet-1k") -> tuple[Label, ...]:
     return tuple(Label(id=wnid, name=info.label_name_to_description(wnid)) for wnid in info.label_names())
 
 
-def hub_config(model: nn.Module, spec: ImageSpec, labels: Sequence[Label]) -> dict[str, Any]:
-    """What a bundle's config.json says, so that ``timm.create_model("local-dir:BUNDLE", pretrained=True)`` loads it."""
+def hub_config(model: nn.Module, spec: ImageSpec, labels: Sequence[Label]) -> dict[str, Any] | None:
+    """What a bundle's config.json says, so that ``timm.create_model("local-dir:BUNDLE", pretrained=True)`` loads it.
+
+    None of a pruned model: timm does not know its widths and would refuse the weights.
+    """
+    if is_pruned(model):
+        return None
     data_config = {
         "input_size": (3, spec.height, spec.width),
         "mean": spec.mean,

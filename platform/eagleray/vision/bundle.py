@@ -1,9 +1,10 @@
 """The model bundle: weights, labels, preprocessing, thresholds and lineage, saved and loaded as one thing.
 
-A bundle is a folder: ``bundle.json``, ``model.safetensors`` and/or ``model.onnx``, and ``config.json`` where the
-architecture is timm's, so that ``timm.create_model("local-dir:BUNDLE")`` loads it. Every file's SHA-256 stands in
-bundle.json and bundle.json holds its own: a changed, missing or added file is refused by name. Weights are parsed only
-from bytes whose digest was just checked (read_verified). No pickle.
+A bundle is a folder: ``bundle.json``, ``model.safetensors`` and/or ``model.onnx``, ``config.json`` where the
+architecture is timm's, so that ``timm.create_model("local-dir:BUNDLE")`` loads it, and ``probes.safetensors``, images
+with the answers that every engine must give (infer/probes.py). Every file's SHA-256 stands in bundle.json and
+bundle.json holds its own: a changed, missing or added file is refused by name. Weights are parsed only from bytes whose
+digest was just checked (read_verified). No pickle.
 
 Example:
     >>> bundle = load_bundle("models/lite0")
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +36,12 @@ HEAD = "bundle.json"
 SAFETENSORS = "model.safetensors"
 ONNX = "model.onnx"
 TIMM_CONFIG = "config.json"
+PROBES = "probes.safetensors"
 WEIGHT_FILES = (ONNX, SAFETENSORS)
 FOREIGN = "onnx"  # the architecture of a bundle that was imported from an ONNX file
 
 Output = Literal["logits", "multi_label_logits", "probabilities"]
+Precision = Literal["fp32", "fp16", "int8"]
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -56,6 +59,7 @@ class ModelBundle:
         policy: Thresholds, when they have been found.
         model_args: Arguments of timm.create_model besides num_classes.
         lineage: Source, its digest, date, versions.
+        precision: The arithmetic of model.onnx; fp16 and int8 are graphs only, without model.safetensors.
         files: File name to SHA-256; filled by save_bundle.
         path: The folder; filled by save_bundle and load_bundle.
         schema: Number of this record's format.
@@ -69,6 +73,7 @@ class ModelBundle:
     policy: ThresholdPolicy | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision = "fp32"
     files: Mapping[str, str] = field(default_factory=dict)
     path: Path = Path()
     schema: int = SCHEMA
@@ -83,6 +88,10 @@ class ModelBundle:
             faults.append(f"{len(twice)} label ids stand twice: {', '.join(twice[:3])}")
         if self.output not in get_args(Output):
             faults.append(f"output {self.output!r} is none of {', '.join(get_args(Output))}")
+        if self.precision not in get_args(Precision):
+            faults.append(f"precision {self.precision!r} is none of {', '.join(get_args(Precision))}")
+        elif self.precision != "fp32" and SAFETENSORS in self.files:
+            faults.append(f"it is {self.precision} and holds {SAFETENSORS}, the weights of another model")
         faults += [f"{name!r} is not a plain file name" for name in self.files if not _FILE_NAME.fullmatch(name)]
         if faults:
             raise ArtifactError(f"not a model bundle: {'; '.join(faults)}", expected="one label id for each output")
@@ -139,6 +148,8 @@ class ModelBundle:
             "model_args": dict(self.model_args),
             "lineage": dict(self.lineage),
             "files": dict(self.files),
+            # Only where it is not fp32: the bundles of before keep their bytes and digests
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
         }
 
     @classmethod
@@ -160,6 +171,7 @@ class ModelBundle:
                 policy=ThresholdPolicy.from_json(value["policy"]) if value["policy"] else None,
                 model_args=dict(value["model_args"]),
                 lineage=dict(value["lineage"]),
+                precision=value.get("precision", "fp32"),
                 files={str(name): str(digest) for name, digest in dict(value["files"]).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
@@ -210,6 +222,7 @@ def save_bundle(
     weights: Mapping[str, bytes | Path],
     *,
     timm_config: Mapping[str, Any] | None = None,
+    probes: bytes | Path | Callable[[ModelBundle], bytes] | None = None,
 ) -> ModelBundle:
     """Writes a bundle aside, then renames it into place: a reader sees all of it or none.
 
@@ -218,6 +231,7 @@ def save_bundle(
         draft: What the bundle is; its path and files are filled in here.
         weights: File name ("model.onnx", "model.safetensors") to its bytes or a file to copy.
         timm_config: What config.json says (backbones.hub_config), for timm architectures.
+        probes: What probes.safetensors is, or what makes it of the bundle as it lies aside, whole but for that file.
 
     Raises:
         ConfigError: The folder holds something else.
@@ -228,21 +242,23 @@ def save_bundle(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        aside.chmod(0o755)  # mkdtemp gives 0700, and a bundle is as readable as any folder
+        home = aside / path.name  # messages about it, while it lies aside, name the bundle
+        home.mkdir()
         for name, source in weights.items():
-            _write(aside / name, source)
+            _write(home / name, source)
         if timm_config is not None:
-            _write(aside / TIMM_CONFIG, _as_text(timm_config))
-        files = {entry.name: sha256_file(entry) for entry in sorted(aside.iterdir())}
-        bundle = replace(draft, path=path, files=files)
-        body = bundle.to_json()
-        _write(aside / HEAD, _as_text({**body, "digest": digest_json(body)}))
-        fsync_dir(aside)
+            _write(home / TIMM_CONFIG, _as_text(timm_config))
+        bundle = replace(draft, path=path, files=_digests(home))
         same = _same_model(path, bundle)
         if same is not None:
             return same
-        aside.rename(path)
-        aside = None
+        if probes is not None:
+            _write(home / PROBES, probes(replace(bundle, path=home)) if callable(probes) else probes)
+            bundle = replace(bundle, files=_digests(home))
+        body = bundle.to_json()
+        _write(home / HEAD, _as_text({**body, "digest": digest_json(body)}))
+        fsync_dir(home)
+        home.rename(path)
         fsync_dir(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -252,6 +268,10 @@ def save_bundle(
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
     return bundle
+
+
+def _digests(home: Path) -> dict[str, str]:
+    return {entry.name: sha256_file(entry) for entry in sorted(home.iterdir())}
 
 
 def _parse_head(path: Path, data: bytes) -> dict[str, Any]:

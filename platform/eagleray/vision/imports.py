@@ -5,7 +5,7 @@ and JSON. Labels and preprocessing that a model does not bring must be given; no
 
 Example:
     >>> config = ImportConfig(model="lite0", out="models/lite0")
-    >>> bundle = import_model(config, export=export_onnx)
+    >>> bundle = import_model(config, export=export_onnx, prove=prove)
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Triple = tuple[float, float, float]
 Export = Callable[["nn.Module", ModelBundle], bytes]
+Prove = Callable[[ModelBundle], bytes]
 
 LITE0 = "lite0"
 LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -75,12 +76,13 @@ class ImportConfig(Config):
         return value
 
 
-def import_model(config: ImportConfig, *, export: Export | None = None) -> ModelBundle:
+def import_model(config: ImportConfig, *, export: Export | None = None, prove: Prove | None = None) -> ModelBundle:
     """Makes a bundle of a foreign model.
 
     Args:
         config: What to import, and what the model does not say itself.
         export: Makes the ONNX of a timm model (infer.export.export_onnx); None leaves the bundle without.
+        prove: Makes the probe set (infer.parity.prove); None leaves the bundle without.
 
     Returns:
         The bundle, saved at ``config.out``; the one that is there when it is the very same model.
@@ -92,8 +94,8 @@ def import_model(config: ImportConfig, *, export: Export | None = None) -> Model
         CapabilityError: A package or the hub is not within reach.
     """
     if config.model.endswith(".onnx"):
-        return _import_onnx(config)
-    return _import_timm(config, export)
+        return _import_onnx(config, prove)
+    return _import_timm(config, export, prove)
 
 
 def read_labels(path: str | Path) -> tuple[Label, ...]:
@@ -179,7 +181,7 @@ def _overridden(spec: ImageSpec, config: ImportConfig) -> ImageSpec:
 # --- ONNX -----------------------------------------------------------------------------------------------------------
 
 
-def _import_onnx(config: ImportConfig) -> ModelBundle:
+def _import_onnx(config: ImportConfig, prove: Prove | None) -> ModelBundle:
     from eagleray.vision import onnx_graph
 
     required = ("labels", "mean", "std")
@@ -209,7 +211,7 @@ def _import_onnx(config: ImportConfig) -> ModelBundle:
         embedding_dim=foreign.embedding_dim,
         lineage={**lineage, "fixed_batch": foreign.fixed_batch},
     )
-    return save_bundle(config.out, draft, {ONNX: foreign.data})
+    return save_bundle(config.out, draft, {ONNX: foreign.data}, probes=prove)
 
 
 def _refuse(faults: list[str]) -> None:
@@ -235,7 +237,7 @@ def _size_of(foreign: Foreign, config: ImportConfig) -> tuple[int, int]:
 # --- timm -----------------------------------------------------------------------------------------------------------
 
 
-def _import_timm(config: ImportConfig, export: Export | None) -> ModelBundle:
+def _import_timm(config: ImportConfig, export: Export | None, prove: Prove | None) -> ModelBundle:
     labels = read_labels(config.labels) if config.labels is not None else None
     model, source, digest, own = make_model(config, None if labels is None else len(labels))
     from eagleray.vision import backbones
@@ -264,7 +266,8 @@ def _import_timm(config: ImportConfig, export: Export | None) -> ModelBundle:
     weights: dict[str, bytes | Path] = {SAFETENSORS: state}
     if export is not None:
         weights[ONNX] = export(model, draft)
-    return save_bundle(config.out, draft, weights, timm_config=backbones.hub_config(model, spec, labels))
+    hub_config = backbones.hub_config(model, spec, labels)
+    return save_bundle(config.out, draft, weights, timm_config=hub_config, probes=prove)
 
 
 def make_model(config: ImportConfig, num_labels: int | None) -> tuple[nn.Module, str, str, tuple[Label, ...] | None]:

@@ -101,6 +101,15 @@ class Answers:
         return images[is_right], classes[is_right]
 
     @cached_property
+    def right(self) -> Bool:
+        """bool (N,): whether the first answer is right; multi-label: whether every label is."""
+        return _exact(self) if self.is_multi_label else np.asarray(self.rank < 1, np.bool_)
+
+    def subset(self, mask: Bool) -> Answers:
+        """Of some of the images only."""
+        return Answers(self.probabilities[mask], self.targets[mask], self.threshold)
+
+    @cached_property
     def rank(self) -> Int64:
         """int64 (N,): how many classes stand before the (first) true one; C where none is true."""
         rank = np.full(len(self.probabilities), self.num_classes, np.int64)

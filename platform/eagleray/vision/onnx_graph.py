@@ -1,8 +1,8 @@
 """Foreign ONNX classifiers: read safely, then given the shape that every runtime here expects.
 
 After ``adapt`` the graph takes "image" (float32 N,3,H,W) and gives "logits" and, where the input of the last Gemm or
-MatMul can be found, "embedding". Refused: external data (a file that names other files to read), several inputs, other
-types.
+MatMul can be found, "embedding". Refused: external data (a file that names other files to read), custom operators,
+loops without end (onnx_limits.py), several inputs, other types.
 
 Example:
     >>> foreign = adapt(parse(data, "model.onnx"), "model.onnx")
@@ -19,6 +19,7 @@ from typing import Any
 
 from eagleray.core.errors import ArtifactError, CapabilityError
 from eagleray.vision.bundle import Output
+from eagleray.vision.onnx_limits import refuse_custom, refuse_unbounded
 
 IMAGE, LOGITS, EMBEDDING, BATCH = "image", "logits", "embedding", "batch"
 FLOAT = 1  # TensorProto.FLOAT
@@ -57,7 +58,7 @@ def parse(data: bytes, what: str) -> Any:
         what: The file's name, for messages.
 
     Raises:
-        ArtifactError: Not an ONNX model, or one that names external data.
+        ArtifactError: Not an ONNX model, or one that names external data, custom operators or a loop without bound.
         CapabilityError: The package onnx is not installed.
     """
     try:
@@ -81,6 +82,8 @@ def parse(data: bytes, what: str) -> Any:
             expected="a single-file ONNX model",
             fix="save it with all tensors inside (onnx.save(model, FILE, save_as_external_data=False))",
         )
+    refuse_custom(model, what)
+    refuse_unbounded(model, what)
     return model
 
 

@@ -137,18 +137,19 @@ class CorpusIndex:
     columns: Mapping[str, pa.ChunkedArray]
 
 
-def read_index(corpus: ShardManifest, rule: SplitRule) -> CorpusIndex:
+def read_index(corpus: ShardManifest, rule: SplitRule, *, also: Sequence[str] = ()) -> CorpusIndex:
     """Reads ids, labels, and the columns that a rule needs.
 
     Args:
         corpus: Opened.
         rule: How it is to be split.
+        also: Further metadata columns, which the corpus has.
 
     Raises:
         ConfigError: The rule names a group column that the corpus lacks.
     """
     group = group_column(corpus.columns, rule)
-    names = [name for name in dict.fromkeys((rule.column, group)) if name in corpus.columns]
+    names = [name for name in dict.fromkeys((rule.column, group, *also)) if name in corpus.columns]
     schema = pa.schema(
         [("id", pa.string()), ("labels", pa.list_(pa.string())), *((name, pa.string()) for name in names)]
     )
@@ -305,13 +306,14 @@ def _digest(names: Sequence[str], ids: npt.NDArray[np.bytes_], codes: Int64) -> 
     return hashlib.sha256(head + b"\0" + ids[order].tobytes() + codes[order].astype("<i8").tobytes()).hexdigest()
 
 
-def check_leaks(splits: Splits, index: CorpusIndex, *, is_allowed: bool = False) -> list[str]:
+def check_leaks(splits: Splits, index: CorpusIndex, *, is_allowed: bool = False, can_allow: bool = True) -> list[str]:
     """Looks for an image or a group that stands in more than one split.
 
     Args:
         splits: Of the images of ``index``, which may be of several corpora.
         index: Ids and group column.
         is_allowed: Whether leaks are only told.
+        can_allow: Whether the error may offer that.
 
     Returns:
         A sentence for each kind of leak.
@@ -334,7 +336,8 @@ def check_leaks(splits: Splits, index: CorpusIndex, *, is_allowed: bool = False)
         raise DataError(
             "a leak: " + "; ".join(found),
             expected=f"every image and every group in one split, by {splits.how}",
-            fix="mend the column, split by hash (splits.column=''), or set allow_leaks=true to judge all the same",
+            fix="mend the column, split by hash (splits.column='')"
+            + (", or set allow_leaks=true to judge all the same" if can_allow else ""),
         )
     return found
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,26 +23,25 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from eagleray.core.config import digest_json
 from eagleray.core.errors import CapabilityError, EagleError
-from eagleray.core.storage import read_json, write_json
 from eagleray.core.tables import installed, resolve
 from eagleray.infer.runtimes import CHUNK, RUNTIMES, Runtime, Uint8
+from eagleray.infer.runtimes.memory import processor, recall, remember
 from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle, load_bundle
 
+MEMORY = "runtimes"
 SCHEMA = 1  # of the remembered answer: a new one forgets the old
 ROUNDS = 4
 ROUND_S = 0.25
 FAR_BEHIND = 0.4  # of the best first turn: below this a runtime does not catch up
 TIMEOUT_S = 120.0  # for importing an engine, compiling and a second of work, on a slow disk
-NEEDS = {"torch": SAFETENSORS, "onnx": ONNX, "openvino": ONNX}
-ORDER = ("onnx", "openvino", "torch")  # the sooner to start comes first, and wins a tie
-ON_CUDA = ("torch", "onnx")
+NEEDS = {"torch": SAFETENSORS, "onnx": ONNX, "openvino": ONNX, "tensorrt": ONNX}
+ORDER = ("onnx", "openvino", "tensorrt", "torch")  # the sooner to start comes first, and wins a tie
+ON = {"cpu": ("onnx", "openvino", "torch"), "cuda": ("tensorrt", "onnx", "torch")}
 CUDA_BATCH = 128
 
 
@@ -68,7 +66,9 @@ def candidates(bundle: ModelBundle, device: str = "cpu") -> tuple[str, ...]:
     """The installed runtimes that can run this bundle on this device, the soonest to start first."""
     here = installed(RUNTIMES)
     fitting = [name for name in ORDER if name in here and NEEDS[name] in bundle.files]
-    return tuple(name for name in fitting if device == "cpu" or name in ON_CUDA)
+    if bundle.precision != "fp32":
+        fitting = [name for name in fitting if NEEDS[name] == ONNX]  # the arithmetic stands in the graph alone
+    return tuple(name for name in fitting if name in ON[device])
 
 
 def choose_runtime(bundle: ModelBundle, *, threads: int, device: str = "cpu") -> Choice:
@@ -91,8 +91,8 @@ def choose_runtime(bundle: ModelBundle, *, threads: int, device: str = "cpu") ->
         )
     if len(names) == 1:
         return Choice(names[0])
-    path = _cache_path(bundle, names, threads=threads, device=device)
-    remembered = _recall(path, names)
+    key = _key(bundle, names, threads=threads, device=device)
+    remembered = _recall(key, names)
     if remembered:
         return Choice(_fastest(remembered), remembered, is_remembered=True)
     measured, failed = _measure(bundle, names, threads=threads, device=device)
@@ -103,7 +103,7 @@ def choose_runtime(bundle: ModelBundle, *, threads: int, device: str = "cpu") ->
             fix="ask for one with --runtime to see its own message",
         )
     if not failed:
-        _remember(path, measured)
+        remember(MEMORY, key, {"measured": {name: round(rate, 2) for name, rate in measured.items()}})
     return Choice(_fastest(measured), measured, failed=failed)
 
 
@@ -213,8 +213,9 @@ def images_per_second(runtime: Runtime, batch_u8_nhwc: Uint8, seconds: float) ->
     return statistics.median(rates)
 
 
-def _cache_path(bundle: ModelBundle, names: Sequence[str], *, threads: int, device: str) -> Path:
-    key = {
+def _key(bundle: ModelBundle, names: Sequence[str], *, threads: int, device: str) -> dict[str, Any]:
+    """All that the rates depend on."""
+    return {
         "schema": SCHEMA,
         "model": bundle.model_digest,
         "image_spec": bundle.image_spec.digest,
@@ -223,39 +224,16 @@ def _cache_path(bundle: ModelBundle, names: Sequence[str], *, threads: int, devi
         "device": device,
         "versions": {name: RUNTIMES[name].version for name in names},
     }
-    folder = Path(os.environ.get("EAGLERAY_CACHE") or Path.home() / ".cache" / "eagleray")
-    return folder / "runtimes" / f"{digest_json(key)[:32]}.json"
 
 
-def processor() -> dict[str, str]:
-    """The processor's model and its flags, as one machine tells itself from another."""
-    found = {"model": platform.processor() or platform.machine(), "flags": ""}
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                found["model"] = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                found["flags"] = " ".join(sorted(value.split()))
-                break
-    return found
-
-
-def _recall(path: Path, names: Sequence[str]) -> dict[str, float]:
+def _recall(key: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """What was measured before; empty when it is not there or cannot be read."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        stored: dict[str, Any] = read_json(path)["measured"]
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        stored: dict[str, Any] = recall(MEMORY, key)["measured"]
         measured = {str(name): float(rate) for name, rate in stored.items()}
         if set(measured) == set(names) and all(rate > 0 for rate in measured.values()):
             return measured
     return {}
-
-
-def _remember(path: Path, measured: Mapping[str, float]) -> None:
-    """Keeps the answer where it can be kept; a cache is no reason to fail."""
-    with contextlib.suppress(OSError, EagleError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": SCHEMA, "measured": {name: round(rate, 2) for name, rate in measured.items()}})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class OpenVino:
         threads: Threads of the one stream.
         device: "cpu".
         wants_embedding: Whether run gives the embedding too.
+        ir: Take the graph of this .xml, which write_ir made of the bundle, in place of model.onnx.
 
     Raises:
         ArtifactError: The graph cannot be compiled, or its width does not fit the labels.
@@ -31,11 +33,16 @@ class OpenVino:
     """
 
     name = "openvino"
-    precision = "fp32"
     device = "cpu"
 
     def __init__(
-        self, bundle: ModelBundle, *, threads: int, device: str = "cpu", wants_embedding: bool = False
+        self,
+        bundle: ModelBundle,
+        *,
+        threads: int,
+        device: str = "cpu",
+        wants_embedding: bool = False,
+        ir: Path | None = None,
     ) -> None:
         import openvino
 
@@ -45,6 +52,7 @@ class OpenVino:
                 f"runtime 'openvino' does not run on {device}", expected="cpu", fix="ask for --runtime torch or onnx"
             )
         self.version = RUNTIMES[self.name].version
+        self.precision: str = bundle.precision
         self._bundle = bundle
         self._settings = {
             "INFERENCE_NUM_THREADS": threads,
@@ -54,9 +62,10 @@ class OpenVino:
         }
         self._names = ["logits", "embedding"] if wants_embedding else ["logits"]
         self._core = openvino.Core()
-        data = bundle.read_verified(ONNX)
-        parse(data, f"{bundle.name}/{ONNX}")  # OpenVINO itself would read external data from anywhere (tried)
-        self._model = _with_preprocessing(self._core, data, bundle)
+        source: bytes | Path = ir or bundle.read_verified(ONNX)
+        if isinstance(source, bytes):
+            parse(source, f"{bundle.name}/{ONNX}")  # OpenVINO itself would read external data from anywhere (tried)
+        self._model = _with_preprocessing(self._core, source, bundle)
         batch = self._model.input(0).partial_shape[0]
         self._fixed_batch = None if batch.is_dynamic else int(batch.get_length())
         self._requests: dict[int, Any] = {}
@@ -98,7 +107,30 @@ class OpenVino:
         return self._requests[key]
 
 
-def _with_preprocessing(core: Any, data: bytes, bundle: ModelBundle) -> Any:
+def write_ir(data: bytes, bundle: ModelBundle, path: Path) -> None:
+    """Writes an ONNX file as OpenVINO IR: FP32 stays FP32, INT8 its Q/DQ pairs; the metadata stands in the .xml.
+
+    Args:
+        data: An ONNX file of ours.
+        bundle: Whose it is, for messages.
+        path: The .xml; its weights go beside it as .bin.
+
+    Raises:
+        ArtifactError: OpenVINO cannot read it.
+    """
+    import openvino
+
+    metadata = {one.key: one.value for one in parse(data, f"{bundle.name}/{ONNX}").metadata_props}
+    try:
+        model = openvino.Core().read_model(data)
+        for key, value in metadata.items():
+            model.set_rt_info(value, ["eagleray", key])
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise _cannot_compile(bundle, error) from None
+
+
+def _with_preprocessing(core: Any, data: bytes | Path, bundle: ModelBundle) -> Any:
     """The graph with images.normalize in front: uint8 NHWC in."""
     from openvino import Layout, Type
     from openvino.preprocess import PrePostProcessor
@@ -106,6 +138,8 @@ def _with_preprocessing(core: Any, data: bytes, bundle: ModelBundle) -> Any:
     scale, bias = bundle.image_spec.scale_and_bias
     try:
         model = core.read_model(data)
+        if model.input(0).get_element_type() == Type.u8:  # an export with its own preprocessing
+            return model
         steps = PrePostProcessor(model)
         steps.input().tensor().set_element_type(Type.u8).set_layout(Layout("NHWC"))
         steps.input().model().set_layout(Layout("NCHW"))

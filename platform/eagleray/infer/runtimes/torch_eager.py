@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ import torch
 from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
 from eagleray.infer.runtimes import CHUNK, RUNTIMES, Outputs, Uint8, check_request, check_width, run_in_chunks
 from eagleray.vision.backbones import Backbone, WithEmbedding, create
-from eagleray.vision.bundle import SAFETENSORS, ModelBundle
+from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle
 from eagleray.vision.state_dicts import fill, read_state_dict
 
 
@@ -29,7 +28,7 @@ class TorchEager:
     Raises:
         ArtifactError: The weights do not fit the architecture, or its width does not fit the labels.
         CapabilityError: CUDA is asked for and this build or machine has none.
-        ConfigError: The bundle has no model.safetensors, or gives no embedding and it is wanted.
+        ConfigError: The bundle is fp16 or int8, has no model.safetensors, or gives no embedding and it is wanted.
     """
 
     name = "torch"
@@ -39,6 +38,13 @@ class TorchEager:
         self, bundle: ModelBundle, *, threads: int, device: str = "cpu", wants_embedding: bool = False
     ) -> None:
         check_request(bundle, runtime=self.name, device=device, wants_embedding=wants_embedding)
+        if bundle.precision != self.precision:
+            raise ConfigError(
+                f"runtime 'torch' runs fp32 weights, and {bundle.name} is {bundle.precision}: its arithmetic stands in "
+                f"the graph of {ONNX}, and the architecture in fp32 would give other answers",
+                expected="an fp32 bundle of a timm model",
+                fix="ask for --runtime onnx or openvino",
+            )
         if SAFETENSORS not in bundle.files:
             raise ConfigError(
                 f"runtime 'torch' needs {SAFETENSORS}, which the bundle {bundle.name} lacks",
@@ -63,7 +69,7 @@ class TorchEager:
         scale, bias = bundle.image_spec.scale_and_bias
         self._scale = torch.from_numpy(scale).view(1, 3, 1, 1).to(device)
         self._bias = torch.from_numpy(bias).view(1, 3, 1, 1).to(device)
-        self._model = _model(bundle).to(device, memory_format=torch.channels_last)
+        self._model = load_model(bundle).to(device, memory_format=torch.channels_last)
         check_width(bundle, int(self._model.model.num_classes))
 
     def run(self, batch_u8_nhwc: Uint8) -> Outputs:
@@ -93,8 +99,8 @@ class TorchEager:
             )
 
 
-def _model(bundle: ModelBundle) -> Any:
-    """The architecture with the bundle's weights, from the very bytes whose digest was checked."""
+def load_model(bundle: ModelBundle) -> WithEmbedding:
+    """The architecture with the bundle's weights, from the very bytes whose digest was checked; in eval mode."""
     try:
         model = create(Backbone(name=bundle.architecture, num_classes=len(bundle.labels), model_args=bundle.model_args))
     except ConfigError as error:

@@ -1,0 +1,222 @@
+"""How fast engines are on this machine with given bundles: latency at batch 1, images a second at the best batch.
+
+Each engine runs in a process of its own (``python -m eagleray.infer.runtimes.timing``) that holds no other, and all of
+them take turns, round after round, so that a busy machine slows them alike: what is quoted is paired. Random pixels are
+fed, since the time of these models does not depend on what is seen; decoding is not part of it.
+
+Example:
+    >>> time_engines({"parent": (bundle, "onnx"), "int8": (small, "openvino")}, TimingSettings())["int8"].best_batch
+    8
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from eagleray.core.errors import CapabilityError, EagleError
+from eagleray.core.tables import resolve
+from eagleray.infer.runtimes import RUNTIMES, Runtime
+from eagleray.vision.bundle import ModelBundle, load_bundle
+
+BATCHES = (1, 8, 32)
+TIMEOUT_S = 300.0  # for importing an engine, compiling (TensorRT takes a minute), and a few batches
+FEWEST = 3  # runs of a batch in a turn
+
+
+@dataclass(frozen=True)
+class TimingSettings:
+    """How it is measured.
+
+    Attributes:
+        threads: Of each engine.
+        device: "cpu" or "cuda".
+        batches: Sizes whose rates are compared.
+        rounds: Turns that each engine takes.
+        turn_s: Seconds of a turn at each batch size.
+    """
+
+    threads: int = 1
+    device: str = "cpu"
+    batches: tuple[int, ...] = BATCHES
+    rounds: int = 5
+    turn_s: float = 0.3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one engine does with one bundle.
+
+    Attributes:
+        engine, version, precision, device: Of the runtime.
+        threads: It ran with.
+        latency_ms_p50, latency_ms_p95: Of a batch of one, over all turns.
+        images_per_s: At the best batch, median over turns.
+        best_batch: The batch size of that rate.
+        rates: Batch size to images a second.
+        compile_s: Until it could run.
+        failed: Why it could not be measured; then the figures are 0.
+    """
+
+    engine: str
+    version: str = ""
+    precision: str = ""
+    device: str = "cpu"
+    threads: int = 1
+    latency_ms_p50: float = 0.0
+    latency_ms_p95: float = 0.0
+    images_per_s: float = 0.0
+    best_batch: int = 0
+    rates: Mapping[int, float] | None = None
+    compile_s: float = 0.0
+    failed: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "rates": {str(size): rate for size, rate in (self.rates or {}).items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Timing:
+        """What to_json wrote."""
+        rates = {int(size): float(rate) for size, rate in value["rates"].items()}
+        return cls(**{**value, "rates": rates})
+
+
+def time_engines(subjects: Mapping[str, tuple[ModelBundle, str]], settings: TimingSettings) -> dict[str, Timing]:
+    """Measures bundles on engines, in turn.
+
+    Args:
+        subjects: Name to a bundle and the runtime that it is measured on.
+        settings: How.
+
+    Returns:
+        A Timing by name; one that could not run says why.
+    """
+    found: dict[str, Timing] = {}
+    samples: dict[str, dict[int, list[float]]] = {}
+    with contextlib.ExitStack() as stack:
+        probes: dict[str, _Probe] = {}
+        for name, (bundle, engine) in subjects.items():
+            probe = stack.enter_context(_Probe(bundle, engine, settings))
+            try:
+                about = probe.ask({"batch": 1, "seconds": 0.0})
+                for size in settings.batches:
+                    probe.ask({"batch": size, "seconds": 0.0})  # the first run of a size may compile
+            except CapabilityError as error:
+                found[name] = Timing(engine, failed=error.seen, threads=settings.threads, device=settings.device)
+                continue
+            told = {key: about[key] for key in ("version", "precision", "compile_s")}
+            found[name] = Timing(engine, threads=settings.threads, device=settings.device, **told)
+            probes[name], samples[name] = probe, {size: [] for size in settings.batches}
+        for _ in range(settings.rounds):
+            for size in settings.batches:
+                for name, probe in probes.items():
+                    samples[name][size] += probe.ask({"batch": size, "seconds": settings.turn_s})["seconds"]
+    return {name: _filled(timing, samples[name]) if name in samples else timing for name, timing in found.items()}
+
+
+def _filled(timing: Timing, samples: Mapping[int, Sequence[float]]) -> Timing:
+    """The figures of a Timing from seconds of each batch."""
+    rates = {size: round(size / float(np.median(seconds)), 2) for size, seconds in samples.items()}
+    best = max(rates, key=lambda size: rates[size])
+    first = samples.get(1) or samples[min(samples)]
+    p50, p95 = (round(1000 * float(value), 3) for value in np.quantile(first, [0.5, 0.95]))
+    figures: dict[str, Any] = {"latency_ms_p50": p50, "latency_ms_p95": p95, "images_per_s": rates[best]}
+    return Timing(**{**asdict(timing), **figures, "best_batch": best, "rates": rates})
+
+
+class _Probe:
+    """A process that holds one compiled engine and times batches when asked."""
+
+    def __init__(self, bundle: ModelBundle, engine: str, settings: TimingSettings) -> None:
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+            "OMP_NUM_THREADS": str(settings.threads),
+        }
+        command = [sys.executable, "-m", "eagleray.infer.runtimes.timing"]
+        command += [str(bundle.path.resolve()), engine, str(settings.threads), settings.device]
+        self._name = engine
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one request.
+
+        Raises:
+            CapabilityError: The engine does not run here, or does not answer in time.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None  # noqa: PT018  both are pipes
+        watch = threading.Timer(TIMEOUT_S, self._process.kill)
+        watch.start()
+        try:
+            stdin.write((json.dumps(request) + "\n").encode())
+            stdin.flush()
+            answer: dict[str, Any] = json.loads(stdout.readline())
+        except (OSError, ValueError):
+            raise CapabilityError(f"{self._name} ended with code {self._process.wait(10)}, or took too long") from None
+        finally:
+            watch.cancel()
+        if "error" in answer:
+            raise CapabilityError(str(answer["error"]))
+        return answer
+
+
+def main(arguments: Sequence[str], stdin: IO[str], stdout: IO[str]) -> int:
+    """A probe: BUNDLE ENGINE THREADS DEVICE; a request a line on stdin, an answer a line on stdout, both JSON."""
+    path, engine, threads, device = arguments
+
+    def say(answer: Mapping[str, Any]) -> None:
+        stdout.write(json.dumps(answer) + "\n")
+        stdout.flush()
+
+    try:
+        bundle = load_bundle(path)
+        start = time.perf_counter()
+        runtime = resolve(RUNTIMES, engine, what="runtime")(bundle, threads=int(threads), device=device)
+        about = {"version": runtime.version, "precision": runtime.precision}
+        about["compile_s"] = round(time.perf_counter() - start, 3)
+        spec = bundle.image_spec
+        generator = np.random.default_rng(0)
+        for line in stdin:
+            request = json.loads(line)
+            shape = (int(request["batch"]), spec.height, spec.width, 3)
+            batch = generator.integers(0, 256, shape, dtype=np.uint8)
+            say({**about, "seconds": _seconds(runtime, batch, float(request["seconds"]))})
+    except EagleError as error:
+        say({"error": error.seen})
+    return 0
+
+
+def _seconds(runtime: Runtime, batch: Any, seconds: float) -> list[float]:
+    """Seconds of each run of a batch, over about so many seconds; the first run of a size is not counted."""
+    runtime.run(batch)
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or (seconds and len(found) < FEWEST):
+        start = time.perf_counter()
+        runtime.run(batch)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:], sys.stdin, sys.stdout))
