@@ -237,9 +237,8 @@ class _Cutter:
         return pa.chunked_array([c for u in self._uris for c in u.chunks], type=pa.string())
 
     def _cut(self, *, is_last: bool) -> None:
-        held, self._held, self._num_held = self._held, [], 0
-        table = _equal_sizes_together(pa.concat_tables(held))
-        del held
+        table = _equal_sizes_together(pa.concat_tables(self._held))
+        self._held, self._num_held = [], 0
         sizes = unit_sizes(self._already, table.num_rows, is_last=is_last)
         starts = [0, *itertools.accumulate(sizes)]
         pieces = [table.slice(at, size) for at, size in zip(starts, sizes, strict=False)]
@@ -248,9 +247,8 @@ class _Cutter:
 
     def write(self, pieces: list[pa.Table], derived_from: list[str]) -> list[dict[str, Any]]:
         """Writes pieces as row groups and returns their units."""
-        starts = range(0, len(pieces), FILE_UNITS)
-        files = [self._write_file(pieces[a : a + FILE_UNITS], derived_from[a : a + FILE_UNITS]) for a in starts]
-        return [unit for units in files for unit in units]
+        cuts = [slice(at, at + FILE_UNITS) for at in range(0, len(pieces), FILE_UNITS)]
+        return [unit for cut in cuts for unit in self._write_file(pieces[cut], derived_from[cut])]
 
     def _write_file(self, pieces: list[pa.Table], derived_from: list[str]) -> list[dict[str, Any]]:
         path = self._home / f"listing-{self._generation:04d}-{self._files:05d}.parquet"
