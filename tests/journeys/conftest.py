@@ -20,6 +20,7 @@ import pytest
 from eagleray.core import commits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+LABELLED = 48
 FAULTS_HOME = Path(__file__).resolve().parent / "faults"
 
 
@@ -122,6 +123,19 @@ def archive(tmp_path_factory: pytest.TempPathFactory, make_photo: Callable[..., 
     (home / "site0" / "empty.jpg").write_bytes(b"")
     (home / "site1" / "notes.jpg").write_text("these are not the pixels you are looking for")
     return home
+
+
+@pytest.fixture(scope="session")
+def corpus(ray_cluster: Ray, tmp_path_factory: pytest.TempPathFactory, make_photo: Callable[..., bytes]) -> Path:
+    """48 little photos of three classes, ingested."""
+    home = tmp_path_factory.mktemp("pictures")
+    for number in range(LABELLED):
+        folder = home / "photos" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(make_photo(number, width=40, height=36))
+    done = run(ray_cluster.env, "ingest", str(home / "photos"), "--out", str(home / "corpus"))
+    assert done.returncode == 0, done.stderr
+    return home / "corpus"
 
 
 def command(*words: str) -> list[str]:

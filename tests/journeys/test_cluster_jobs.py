@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from eagleray.core import commits, storage
+from eagleray.core.errors import ArtifactError, TrainingDiverged
+from eagleray.vision.bundle import load_bundle
 
 from tests.conftest import ROOT
 from tests.journeys.conftest import Ray, run, scores
@@ -62,6 +65,68 @@ def test_a_job_that_fails_says_why_and_is_not_a_success(ray: Ray, tiny_model: Pa
     assert wrong.returncode != 0
     for text in ("sorce: no such key; did you mean source?", "source: missing", "top_k:"):
         assert text in wrong.stdout
+
+
+SMALL = ("size_px=32", "splits.stratify=true", "has_report=false")
+NEW = ("parent=test_resnet", "is_pretrained=false")
+
+
+def job(name: str, *keys: str) -> tuple[str, ...]:
+    """An entry point of jobs/ with its smoke recipe."""
+    return (sys.executable, f"{name}.py", "--recipe", f"recipes/{name}-smoke.yaml", *keys)
+
+
+def exit_code(ray: Ray, done: subprocess.CompletedProcess[str]) -> int:
+    """What the job itself ended with: `ray job submit` says 1 for every failure."""
+    (name,) = set(re.findall(r"raysubmit_\w+", done.stdout))
+    script = "import sys, ray.job_submission as r; print(r.JobSubmissionClient(sys.argv[1]).get_job_info(sys.argv[2]).driver_exit_code)"  # noqa: E501
+    words = [sys.executable, "-c", script, ray.dashboard, name]
+    asked = subprocess.run(words, env=ray.env, capture_output=True, text=True, check=True)
+    return int(asked.stdout.split()[-1])
+
+
+def test_a_training_as_a_job(ray: Ray, corpus: Path, tmp_path: Path) -> None:
+    done = submit(ray, *job("finetune", f"corpus={corpus}", *NEW, *SMALL, f"out={tmp_path}/tuned"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = storage.read_json(tmp_path / "tuned.run" / "run.json")
+    assert (state["state"], state["step"]) == ("finished", 8)
+    assert (state["where"]["mode"], state["where"]["workers"]) == ("ray cluster", 2)
+    assert state["evaluation"]["n"] == load_bundle(tmp_path / "tuned").lineage["trained_on"]["split"]["images"]["test"]
+    assert "2 workers on cpu" in done.stdout
+    assert "step 8/8" in done.stdout
+
+
+@pytest.mark.full
+def test_a_training_job_that_diverges_ends_with_its_code(ray: Ray, corpus: Path, tmp_path: Path) -> None:
+    diverging = ("optimizer=sgd", "lr=1e30", "warmup_epochs=0", *NEW, *SMALL)
+    failed = submit(ray, *job("finetune", f"corpus={corpus}", *diverging, f"out={tmp_path}/wild"))
+    assert failed.returncode != 0
+    assert "at step" in failed.stdout
+    assert "Traceback" not in failed.stdout.split("error: ", 1)[1].split("do: ")[0]
+    assert exit_code(ray, failed) == TrainingDiverged.exit_code
+    assert not (tmp_path / "wild").exists()
+
+
+@pytest.mark.full
+def test_pretrain_finetune_and_evaluate_as_jobs(ray: Ray, corpus: Path, tmp_path: Path) -> None:
+    keys = (f"corpus={corpus}", *SMALL)
+    first = submit(ray, *job("pretrain", *keys, "method=byol", "backbone=test_resnet", f"out={tmp_path}/ssl"))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert storage.read_json(tmp_path / "ssl.run" / "run.json")["where"]["mode"] == "ray cluster"
+    second = submit(ray, *job("finetune", *keys, f"parent={tmp_path}/ssl", f"out={tmp_path}/tuned"))
+    assert second.returncode == 0, second.stdout + second.stderr
+    lineage = load_bundle(tmp_path / "tuned").lineage
+    assert lineage["parent"]["model_digest"] == load_bundle(tmp_path / "ssl").model_digest
+    judged = (f"corpus={corpus}", f"model={tmp_path}/tuned", f"out={tmp_path}/judged", "splits.stratify=true")
+    third = submit(ray, *job("evaluate", *judged))
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert storage.read_json(tmp_path / "judged" / "metrics.json")["top1"]["value"] is not None
+    assert (tmp_path / "judged" / "report.html").exists()
+    more = {"pretrain": "backbone=test_resnet", "finetune": "parent=test_resnet", "evaluate": f"model={tmp_path}/tuned"}
+    for name, key in more.items():
+        failed = submit(ray, *job(name, f"corpus={tmp_path}/none", key, f"out={tmp_path}/o"))
+        assert failed.returncode != 0
+        assert exit_code(ray, failed) == ArtifactError.exit_code, failed.stdout
 
 
 @pytest.mark.parametrize("token", ["absent", "wrong"])

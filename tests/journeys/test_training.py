@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,14 @@ from typing import Any
 import psutil
 import pytest
 from eagleray.core import storage
+from eagleray.flows.finetune import FinetuneConfig
 from eagleray.flows.run_folder import RunFolder, read_lines
 
-from tests.journeys.conftest import Ray, run, start, wait_for
+from tests.journeys.conftest import LABELLED, Ray, run, start, wait_for
+from tests.unit.test_finetune_validation import measured, share_right
 
-IMAGES, BATCH, EPOCHS = 48, 16, 8
-STEPS = IMAGES // BATCH * EPOCHS
-
-
-@pytest.fixture(scope="module")
-def corpus(ray_cluster: Ray, tmp_path_factory: pytest.TempPathFactory, make_photo: Callable[..., bytes]) -> Path:
-    home = tmp_path_factory.mktemp("pictures")
-    for number in range(IMAGES):
-        folder = home / "photos" / f"class{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.jpg").write_bytes(make_photo(number, width=40, height=36))
-    done = run(ray_cluster.env, "ingest", str(home / "photos"), "--out", str(home / "corpus"))
-    assert done.returncode == 0, done.stderr
-    return home / "corpus"
+BATCH, EPOCHS = 16, 8
+STEPS = LABELLED // BATCH * EPOCHS
 
 
 @dataclass
@@ -58,7 +47,7 @@ class Training:
             **self.ray.env,
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # how long two places are waited for where one node is left
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",  # how long two places are waited for where one node is left
         }
 
     def words(self, *more: str, workers: str = "2") -> list[str]:
@@ -107,7 +96,7 @@ class Training:
         taken = self.epochs()
         assert sorted(taken) == list(range(EPOCHS))
         for epoch, counts in taken.items():
-            assert len(counts) == IMAGES, epoch
+            assert len(counts) == LABELLED, epoch
             assert set(counts.values()) == {1}, epoch
 
     def assert_done(self, driver: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
@@ -168,7 +157,8 @@ def tear(training: Training) -> None:
 def disturb(training: Training, driver: subprocess.Popen[bytes], targets: list[str]) -> None:
     for target in targets:
         at = training.checkpoint()
-        wait_for(lambda: training.checkpoint() >= at + 2 or driver.poll() is not None)  # noqa: B023
+        far = max(at + 2, 4 if target == "torn" else 0)  # where there is one before it that is whole
+        wait_for(lambda: training.checkpoint() >= far or driver.poll() is not None)  # noqa: B023
         assert driver.poll() is None, training.log()
         if target == "torn":
             tear(training)
@@ -233,7 +223,7 @@ def test_a_driver_killed_before_its_bundle_or_while_it_leaves_ray_loses_nothing(
 
 
 def test_two_workers_become_one_and_two_again(training: Training, undisturbed: Training) -> None:
-    driver = training.start("num_cpus=2", "resize_check_s=1", workers="1,2", slow_ms=1500)
+    driver = training.start("num_cpus=2", "resize_check_s=1", workers="1,2", slow_ms=1000)
 
     def has_begun() -> bool:
         return training.checkpoint() >= 2 and any(row["rank"] == 1 for row in training.steps())
@@ -253,6 +243,32 @@ def test_two_workers_become_one_and_two_again(training: Training, undisturbed: T
     assert [world for at, world in enumerate(worlds()) if at == 0 or world != worlds()[at - 1]] == [2, 1, 2]
     mine, theirs = (read_lines(one.folder.metrics)[-1]["loss"] for one in (training, undisturbed))
     assert mine == pytest.approx(theirs, rel=1e-3)  # the same global batches; sums in another order
+
+
+@pytest.mark.full
+def test_what_a_finetuning_measures_is_the_same_in_any_number_of_workers(
+    ray: Ray, corpus: Path, tmp_path: Path
+) -> None:
+    told = {}
+    for workers in (0, 1, 2):
+        out = tmp_path / f"workers{workers}"
+        fixed = {"parent": "test_resnet", "is_pretrained": False, "size_px": 32, "batch_size": 12, "epochs": 3}
+        fixed |= {"validate_share": 0.25, "threads": 1, "judge": "", "splits": {"stratify": True}, "has_report": False}
+        config = FinetuneConfig.model_validate({"corpus": str(corpus), "out": str(out), "workers": workers, **fixed})
+        words = ["finetune", "--corpus", str(corpus), "--from", "test_resnet", "--out", str(out)]
+        words += ["--workers", str(workers), "--address", ray.address]
+        for name, value in fixed.items():
+            words += [] if name == "parent" else ["--set", f"{name}={json.dumps(value)}"]
+        done = run(ray.env, *words)
+        assert done.returncode == 0, done.stderr
+        told[workers] = measured(out)
+        assert told[workers][-1][1] == share_right(config)  # what its bundle says of them, one at a time
+    print(f"\nmeasured: {told}")
+    assert [step for step, _ in told[0]] == [3, 6, 9]
+    assert told[0] == told[1] == told[2]
+    assert storage.sha256_file(tmp_path / "workers0/model.safetensors") == storage.sha256_file(
+        tmp_path / "workers1/model.safetensors"
+    )
 
 
 @pytest.mark.full

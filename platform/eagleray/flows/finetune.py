@@ -31,16 +31,20 @@ from eagleray.flows.finetune_start import (
     start,
     work_key,
 )
-from eagleray.flows.training_config import feed_settings, train_settings
+from eagleray.flows.training_config import feed_settings, held_cores, train_settings
 
 if TYPE_CHECKING:
+    from eagleray.flows.training_data import Chosen
     from eagleray.flows.training_run import Made, Run
+    from eagleray.learn.starting_point import StartingPoint
     from eagleray.learn.task import Transform
+    from eagleray.learn.validation import Validation
     from eagleray.learn.work import Work
 
 __all__ = ["CONFIG", "FinetuneConfig", "judge", "make_bundle", "make_work", "prepare", "run"]
 
 CONFIG = FinetuneConfig
+VALIDATION_BATCH = 64  # at most: without gradients it takes less memory than a training batch of that size
 
 
 def run(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | None = None) -> dict[str, Any]:
@@ -108,8 +112,9 @@ def make_work(config: FinetuneConfig) -> Work:
         transform=transform,
         feed=feed_settings(config, keeps_last=True),
         settings=train_settings(config),
-        key=work_key(config, index.digest, point),
+        key=work_key(config, chosen, point),
         sampler=BalancedSampler(index.first_targets, seed=config.seed) if config.balance == "sampler" else None,
+        validation=make_validation(config, chosen, point),
         notes=(
             *(counts_in_words(chosen), *notes, *point.notes),
             *(() if teacher is None else (finetune_teacher.note_of(config, teacher),)),
@@ -121,6 +126,24 @@ def prepare(run: Run, *, is_quiet: bool = False, is_live: bool | None = None) ->
     """What must be there before the first step: the answers of a teacher that is asked once an image."""
     config: FinetuneConfig = run.config  # type: ignore[assignment]
     finetune_teacher.ask(run, config, is_quiet=is_quiet, is_live=is_live)
+
+
+def make_validation(config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Validation | None:
+    """What measures while the run goes on; None where no images are set aside for it."""
+    from eagleray.learn.augmentation import EvalTransform
+    from eagleray.learn.validation import Validation
+
+    if chosen.validation is None:
+        return None
+    num_classes = len(chosen.index.labels) if config.is_multi_label else None
+    return Validation(
+        chosen.validation,
+        EvalTransform(point.spec, num_classes),
+        every_epochs=config.validate_every_epochs,
+        keeps_best=config.keep == "best",
+        batch_size=min(VALIDATION_BATCH, config.batch_size),
+        num_threads=held_cores(config),
+    )
 
 
 def make_bundle(config: FinetuneConfig, state: Mapping[str, Any]) -> Made:

@@ -44,7 +44,7 @@ def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | 
     with opened(FLOW, config, is_quiet=is_quiet, is_live=is_live) as run:
         chosen, notes = finetune_start.select(config)
         point = finetune_start.start(config, chosen.index.labels)
-        key = finetune_start.work_key(config, chosen.index.digest, point)
+        key = finetune_start.work_key(config, chosen, point)
         done = already_done(run, key)
         if done is not None:
             return done

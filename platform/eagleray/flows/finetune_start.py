@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from eagleray.core.errors import ConfigError, DataError
 from eagleray.flows.score import ScoreConfig
 from eagleray.flows.training_config import AUTO, TrainingConfig
-from eagleray.flows.training_data import Chosen, choose
+from eagleray.flows.training_data import Chosen, choose, with_validation
 from eagleray.flows.training_run import Made, Run
 from eagleray.infer.runtimes import RUNTIMES
 from eagleray.learn.distill_settings import DistillSettings
@@ -43,6 +43,12 @@ class FinetuneConfig(TrainingConfig):
         mixup_alpha, cutmix_alpha: As in learn.mixing.MixSettings.
         crop_scale, flip_p, vertical_flip_p, rand_augment_ops, rand_augment_magnitude, jitter: As in
             learn.augmentation.AugmentSettings; ``crop_scale`` is its scale.
+        validate_on: Of ``full``: the split whose accuracy is measured while the run goes on: a name, ``auto`` (``val``
+            where the corpus has one), or empty for none.
+        validate_share: Set a share of the training images aside for that instead: of every class, groups undivided.
+        validate_every_epochs: How often; after the last step always.
+        keep: Which weights become the bundle: ``last``, or ``best`` by that accuracy, of equals the earliest. The
+            best of many looks better than it is: it is then judged on another split where there is one.
         c_values: Of ``head``: inverse strengths of the penalty to choose from.
         allow_missing: Train although a class of the corpus has no image in the split.
         judge: The split on which the page shows the result: a name, ``auto`` (val, else test), or empty for none.
@@ -75,6 +81,10 @@ class FinetuneConfig(TrainingConfig):
     rand_augment_ops: int = Field(2, ge=0)
     rand_augment_magnitude: float = Field(7.0, ge=0, le=10)
     jitter: float = Field(0.0, ge=0, le=1)
+    validate_on: str = AUTO
+    validate_share: float = Field(0.0, ge=0, le=0.5)
+    validate_every_epochs: int = Field(1, ge=1)
+    keep: Literal["last", "best"] = "last"
     c_values: tuple[float, ...] = Field((0.001, 0.01, 0.1, 1.0, 10.0), min_length=1)
     allow_missing: bool = False
     judge: str = AUTO
@@ -103,6 +113,13 @@ class FinetuneConfig(TrainingConfig):
             raise ValueError("a cached teacher has no embedding of mixed images: give distill.cache_teacher=false")
         return self
 
+    @model_validator(mode="after")
+    def _has_epochs(self) -> FinetuneConfig:
+        asks = self.validate_share or self.keep == "best" or self.validate_on not in (AUTO, "")
+        if self.mode != "full" and asks:
+            raise ValueError(f"mode={self.mode} has no epochs: validate_on, validate_share and keep=best are of full")
+        return self
+
 
 def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
     """The labelled images of the split, and what to tell of the others.
@@ -113,6 +130,14 @@ def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
     from eagleray.learn.classification import check_labels
 
     chosen = choose(config, labels=_kept_labels(config), needs_classes=True, is_allowed=config.allow_missing)
+    if config.mode == "full":
+        chosen = with_validation(config, chosen, split=config.validate_on, share=config.validate_share)
+    if config.keep == "best" and chosen.validation is None:
+        raise DataError(
+            "keep=best, and there is nothing to validate on",
+            expected="a split named val, or a share of the training images",
+            fix="give validate_share=0.1, or name a split with validate_on=",
+        )
     is_taught = config.teacher is not None and config.distill.use_unlabelled
     index, notes = check_labels(chosen.index, is_multi_label=config.is_multi_label, keeps_unlabelled=is_taught)
     if config.balance == "sampler" and len(index) > num_labelled(index):
@@ -121,6 +146,9 @@ def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
             expected="images with a label: the sampler goes by classes",
             fix="give distill.use_unlabelled=false, or balance=weights",
         )
+    if chosen.validation is not None:
+        check_labels(chosen.validation, is_multi_label=config.is_multi_label)
+        notes = (*notes, f"validated on {len(chosen.validation):,} images: {chosen.validated_on}")
     return dataclasses.replace(chosen, index=index), (*chosen.notes, *notes)
 
 
@@ -167,7 +195,7 @@ def classification(config: FinetuneConfig) -> ClassificationSettings:
     )
 
 
-def work_key(config: FinetuneConfig, images: str, point: StartingPoint) -> dict[str, Any]:
+def work_key(config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> dict[str, Any]:
     """What the run is: the settings, the images, and the very weights that it begins with."""
     fields = config.key_fields()
     fields.pop("parent")  # a path, which may move; its digest stays
@@ -176,7 +204,9 @@ def work_key(config: FinetuneConfig, images: str, point: StartingPoint) -> dict[
         del fields["teacher"], fields["distill"]  # the key of a run without one is what it was before there were any
     else:
         fields["teacher"] = load_bundle(config.teacher).model_digest
-    return {**fields, "kind": "finetune", "size_px": point.spec.height, "images": images, "parent": parent}
+    if config.keep == "best" and chosen.validation is not None:
+        fields["best"] = {"images": chosen.validation.digest, "every_epochs": config.validate_every_epochs}
+    return {**fields, "kind": "finetune", "size_px": point.spec.height, "images": chosen.index.digest, "parent": parent}
 
 
 def made_of(config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Made:
@@ -223,7 +253,8 @@ def refuse_unjudged(config: FinetuneConfig, chosen: Chosen) -> str:
     Raises:
         DataError: It was named and is not there.
     """
-    name = chosen.judge if config.judge == AUTO else config.judge
+    seen = chosen.validated_on if config.keep == "best" else ""
+    name = chosen.judge(without=seen) if config.judge == AUTO else config.judge
     if name and not chosen.splits.counts.get(name):
         raise DataError(
             f"no image is in the split {name!r}, on which the result is to be judged",

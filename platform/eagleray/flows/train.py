@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def run_training(
                     f"{run.folder.checkpoints}\nresume: {command_line()}"
                 )
                 raise KeyboardInterrupt
-            state = training_outputs.final_state(run, work)
+            state, kept = training_outputs.final_state(run, work)
             made = module.make_bundle(config, state)
+            made = replace(made, lineage={**made.lineage, **kept})
             return training_outputs.finish(run, work, answer, made, judge=getattr(module, "judge", None))
 
 

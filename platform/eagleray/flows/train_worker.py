@@ -208,6 +208,7 @@ class _Shell:
             on_report=self._report,
             on_checkpoint=self._save,
             should_stop=self._should_stop,
+            validation=self.work.validation,
             folder=self.folder.root,
             config=self.work.key,
         )
@@ -220,7 +221,8 @@ class _Shell:
         return self.folder.is_asked_to_stop(self.spec.attempt)
 
     def _report(self, report: StepReport) -> None:
-        figures = self.work.watch.figures() if self.work.watch else {}
+        looking = (self.work.watch, self.work.validation)
+        figures = {name: value for one in looking if one is not None for name, value in one.figures().items()}
         if self.seat.rank != 0:
             return
         row = {
@@ -248,7 +250,12 @@ class _Shell:
             checkpoint = replace(checkpoint, state={**checkpoint.state, "watch": dict(self.work.watch.state_dict())})
         for wait_s in (*SAVE_WAITS_S, None):
             try:
-                checkpoints.save(self.folder.checkpoints, checkpoint, keep=self.config.keep_checkpoints)
+                checkpoints.save(
+                    self.folder.checkpoints,
+                    checkpoint,
+                    keep=self.config.keep_checkpoints,
+                    best=self.work.keeps_best_by,
+                )
             except StorageError as error:
                 if wait_s is None or "No space" in error.seen:
                     raise

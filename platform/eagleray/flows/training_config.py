@@ -31,6 +31,8 @@ ELSEWHERE = (  # change no weight, or only as another number of workers or threa
     *("out", "run_dir", "address", "workers", "num_cpus", "num_gpus", "threads", "decode_threads", "prefetch", "data"),
     *("resume", "max_failures", "resize_check_s", "report_every_s", "checkpoint_every_s", "checkpoint_every_steps"),
     *("keep_checkpoints", "has_report", "probe_images", "corpus", "judge", "runtime", "allow_leaks", "allow_missing"),
+    # what is held out changes the images, and what keeps the best is in the key of a run that does
+    *("validate_on", "validate_share", "validate_every_epochs", "keep"),
 )
 
 

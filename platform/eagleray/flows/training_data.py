@@ -1,4 +1,4 @@
-"""Which images of a corpus a run trains on: a split of it, checked for leaks and for classes that are not there.
+"""Which images of a corpus a run trains on, and validates on: splits of it, checked for leaks and missing classes.
 
 Example:
     >>> chosen = choose(config, split="train")
@@ -9,11 +9,13 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from eagleray.core.errors import DataError
 from eagleray.flows.training_config import AUTO, TrainingConfig
 from eagleray.vision.corpus import open_corpus
+from eagleray.vision.pieces import piece
 from eagleray.vision.splits import ALL, Splits, assign, check_classes, check_leaks, read_index
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from eagleray.vision.corpus import ShardManifest
 
 TRAIN = "train"
-JUDGES = ("val", "valid", "validation", "test")  # the split that a page shows the result on, the first that is there
+VALIDATIONS = ("val", "valid", "validation")
+JUDGES = (*VALIDATIONS, "test")  # the split that a page shows the result on, the first that is there
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Chosen:
         split: The name of what was chosen.
         counts: Split name to label id to images.
         notes: What a person should know.
+        validation: Images that are not trained on but measured while the run goes on; None: there are none.
+        validated_on: What they are: a split's name, or in words.
     """
 
     corpus: ShardManifest
@@ -43,13 +48,15 @@ class Chosen:
     split: str
     counts: Mapping[str, Mapping[str, int]]
     notes: tuple[str, ...] = ()
+    validation: CorpusIndex | None = None
+    validated_on: str = ""
 
-    @property
-    def judge(self) -> str:
-        """The split that the result is best shown on; empty when none is held out."""
+    def judge(self, *, without: str = "") -> str:
+        """The split that the result is best shown on, another than ``without`` where there is one; empty for none."""
         if self.split == ALL:
             return ""
-        return next((name for name in JUDGES if name != self.split and self.splits.counts.get(name)), "")
+        there = [name for name in JUDGES if name != self.split and self.splits.counts.get(name)]
+        return next((name for name in there if name != without), there[0] if there else "")
 
     def trained_on(self) -> dict[str, Any]:
         """For a bundle's lineage; `evaluate` reads it."""
@@ -100,6 +107,48 @@ def choose(
         for at, split in enumerate(splits.names)
     }
     return Chosen(corpus, index, splits, name, counts, tuple(notes))
+
+
+def with_validation(config: TrainingConfig, chosen: Chosen, *, split: str, share: float) -> Chosen:
+    """Sets images with labels aside to validate on.
+
+    Args:
+        config: The run's.
+        chosen: What ``choose`` gave for it, images without labels too.
+        split: A split's name; ``auto``: ``val`` where the corpus has one and no share is given; empty: none.
+        share: Of the images that would be trained on, in place of a split; 0: none.
+
+    Raises:
+        DataError: The split is not there, is the one that is trained on, or has no label; the piece is empty.
+    """
+    from eagleray.learn.corpus_index import build_index
+
+    name = split
+    if name == AUTO:
+        there = [one for one in VALIDATIONS if chosen.splits.counts.get(one) and chosen.split not in (one, ALL)]
+        name = there[0] if there and not share else ""
+    if not (name or share):
+        return chosen
+    whole, labels = read_index(chosen.corpus, config.splits), chosen.index.labels
+    is_labelled = whole.labels.per_image > 0
+    everything = build_index(chosen.corpus, labels=labels)
+    if name:
+        if chosen.split in {name, ALL}:
+            raise DataError(
+                f"the run is to train and to validate on the split {name!r}",
+                expected="two splits, or a share of one",
+                fix="name another with validate=, or give validate_share=0.1",
+            )
+        held, told = chosen.splits.mask(name) & is_labelled, name
+    else:
+        mask = chosen.splits.mask(chosen.split)
+        held, told = piece(whole, chosen.splits, mask & is_labelled, share), f"{share:.0%} of {chosen.split!r}"
+        chosen = replace(chosen, index=everything.subset(mask & ~held))
+    if not held.any():
+        raise DataError(
+            f"no image with a label to validate on: {told}", expected="one at least", fix="give a larger share"
+        )
+    return replace(chosen, validation=everything.subset(held), validated_on=told)
 
 
 def counts_in_words(chosen: Chosen) -> str:

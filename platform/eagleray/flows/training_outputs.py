@@ -60,13 +60,17 @@ def write_stopped(run: Run, answer: Mapping[str, Any]) -> None:
     write_state(run, {**before, "state": "stopped", "step": answer["step"]})
 
 
-def final_state(run: Run, work: Work) -> Mapping[str, Any]:
-    """State dict of the task after the last step: the averaged weights where an average was kept.
+def final_state(run: Run, work: Work) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """State dict of the task whose weights the result has: the averaged ones where an average was kept.
+
+    Returns:
+        That of the last step, or of the best by validation where the run keeps it; and which, for lineage and run.json:
+        empty where nothing was validated.
 
     Raises:
         ArtifactError: The last checkpoint is not there or not whole.
     """
-    from eagleray.learn.checkpoints import load_latest
+    from eagleray.learn.checkpoints import load_best, load_latest
 
     found = load_latest(run.folder.checkpoints, config=work.key)
     if found is None or found.checkpoint.progress.step < found.checkpoint.progress.num_steps:
@@ -75,9 +79,15 @@ def final_state(run: Run, work: Work) -> Mapping[str, Any]:
             expected="the one that the run has just written",
             fix="run the same command again: it does what is missing",
         )
-    state = found.checkpoint.state
+    if work.keeps_best_by:
+        found = load_best(run.folder.checkpoints, work.keeps_best_by, config=work.key) or found
+    checkpoint, state = found.checkpoint, found.checkpoint.state
     weights: Mapping[str, Any] = state["ema"]["state"] if "ema" in state else state["model"]
-    return weights
+    if work.validation is None:
+        return weights, {}
+    rule = "best" if work.keeps_best_by else "last"
+    kept = {"keep": rule, "step": checkpoint.progress.step, "images": len(work.validation.index), **checkpoint.metrics}
+    return weights, {"validation": kept}
 
 
 def write_state(run: Run, value: Mapping[str, Any]) -> None:
@@ -108,6 +118,8 @@ def finish(
         "device": answer["device"],
         "where": dict(run.where),
     }
+    if "validation" in made.lineage:
+        ended["validation"] = made.lineage["validation"]
     judged = judge(run) if judge else {}
     return close(run, work.key, bundle, {**_head(run, work), **ended, **judged})
 
@@ -144,7 +156,7 @@ def close(run: Run, key: Mapping[str, Any], bundle: ModelBundle, head: Mapping[s
 def summary(value: Mapping[str, Any]) -> dict[str, Any]:
     """What a verb prints of a run."""
     page = Path(value["run_dir"]) / "report.html"
-    keep = ("step", "images", "seconds", "last", "figures", "evaluation", "where", "starts")
+    keep = ("step", "images", "seconds", "last", "figures", "validation", "evaluation", "where", "starts")
     return {
         "bundle": value["bundle"]["path"],
         "digest": value["bundle"]["digest"],

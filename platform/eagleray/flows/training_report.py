@@ -29,6 +29,7 @@ FIGURES = {  # what probes, detectors and tasks log, in words
     "linear_top1": "linear probe, share right",
     "accuracy": "share right on training images",
     "teacher_agreement": "share of images on which student and teacher agree",
+    "val_accuracy": "share right on validation images",
     "spread": "spread of features",
     "projection_spread": "spread of projections",
     "effective_rank": "effective rank of features",
@@ -37,6 +38,7 @@ FIGURES = {  # what probes, detectors and tasks log, in words
     "teacher_student_kl": "KL of teacher and student, nats",
 }
 PROBES, COLLAPSE = ("knn_top1", "linear_top1"), ("spread", "projection_spread")
+SHARES = (*PROBES, "accuracy", "val_accuracy")
 TITLES = ("Metrics", "Confusion", "Most confidently wrong", "Most frequent confusions", "Reliability", "Classes")
 
 
@@ -143,9 +145,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[blocks.Block]:
         if len(points) > 1:
             yield blocks.Curves(title, (blocks.Curve(axis, points),), "optimizer step", axis)
     told = {name for row in rows for group in ("figures", "logs") for name in row.get(group, {})}
-    for title, names in (("Probes on labels", (*PROBES, "accuracy")), ("Collapse: spread", COLLAPSE)):
+    for title, names in (("Share of images right", SHARES), ("Collapse: spread", COLLAPSE)):
         yield from _together(rows, title, [name for name in names if name in told])
-    for name in sorted(told - {*PROBES, *COLLAPSE, "accuracy", "momentum"}):
+    for name in sorted(told - {*SHARES, *COLLAPSE, "momentum"}):
         yield from _together(rows, FIGURES.get(name, name), [name])
 
 
@@ -187,11 +189,24 @@ def _facts(value: Mapping[str, Any], chosen: Chosen) -> blocks.Table:
         "Corpus": str(chosen.corpus.path),
         "Split": f"{chosen.split}: {count(value['images'], 'image')}",
         "Bundle": value["bundle"]["path"],
+        **_validation(value, chosen),
         **_how(value),
         "Seed": str(config["seed"]),
         "Ran on": f"{where.get('mode', '')}, {where.get('cpus', 0):g} cores, {where.get('gpus', 0):g} GPUs",
     }
     return blocks.Table("What was run", ("", ""), tuple(facts.items()))
+
+
+def _validation(value: Mapping[str, Any], chosen: Chosen) -> dict[str, str]:
+    """On what accuracy was measured while the run went on, and which weights were kept."""
+    kept = value.get("validation")
+    if not kept:
+        return {}
+    share = f", {kept['val_accuracy']:.3f} right" if "val_accuracy" in kept else ""
+    return {
+        "Validated on": f"{chosen.validated_on}: {count(kept['images'], 'image')}",
+        "Weights kept": f"the {kept['keep']}, of step {kept['step']:,}{share}",
+    }
 
 
 def _how(value: Mapping[str, Any]) -> dict[str, str]:

@@ -8,10 +8,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from eagleray.learn import parallel
 
 
 class Average:
@@ -55,3 +58,22 @@ class Average:
         self.num_updates = int(kept["num_updates"])  # type: ignore[call-overload]
         for name, value in kept["state"].items():  # type: ignore[attr-defined]
             self.state[name].copy_(value)
+
+
+@contextmanager
+def as_kept(module: nn.Module, average: Average | None) -> Iterator[None]:
+    """Within it a module is in eval mode and has the weights of its bundle: averaged ones, rank 0's statistics.
+
+    Afterwards it is as it was, bit for bit.
+    """
+    own = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    if average is not None:
+        module.load_state_dict(average.state)
+    parallel.share_buffers(module)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.load_state_dict(own)
+        module.train()

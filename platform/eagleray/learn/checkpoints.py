@@ -23,7 +23,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,14 @@ class Found:
     passed_over: tuple[str, ...] = ()
 
 
-def save(home: str | Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+def save(home: str | Path, checkpoint: Checkpoint, *, keep: int = 2, best: str | None = None) -> Path:
     """Publishes a checkpoint under its step and removes the oldest beyond ``keep``.
 
     Args:
         home: The folder of the run's checkpoints; made when absent.
         checkpoint: What to keep.
         keep: How many stay, this one among them.
+        best: A metric: the checkpoint where it is highest stays besides.
 
     Returns:
         The checkpoint's folder.
@@ -101,8 +102,10 @@ def save(home: str | Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
         raise storage_error(error, f"writing {path}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    spared = _ranked(home, best)[:1] if best else []
     for old in folders(home)[max(1, keep) :]:
-        _discard(old)
+        if old not in spared:
+            _discard(old)
     return path
 
 
@@ -184,13 +187,41 @@ def load_latest(home: str | Path, *, config: Mapping[str, Any] | None = None) ->
         ArtifactError: There are some and none is good; each is named.
         ConfigError: The newest good one is of another config.
     """
-    passed_over: list[str] = []
+    return _first_good(home, folders(home), config)
+
+
+def load_best(home: str | Path, metric: str, *, config: Mapping[str, Any] | None = None) -> Found | None:
+    """The good checkpoint where a metric is highest, of equals the earliest; None when no checkpoint has it.
+
+    Raises:
+        ArtifactError: There are some and none is good; each is named.
+        ConfigError: It is of another config.
+    """
+    return _first_good(home, _ranked(home, metric), config)
+
+
+def _ranked(home: str | Path, metric: str) -> list[Path]:
+    """The checkpoints that have a metric, the highest first, of equals the earliest; one that is torn has none."""
+    found = []
     for folder in folders(home):
+        try:
+            value = _read_head(folder)["metrics"].get(metric)
+        except ArtifactError:
+            continue
+        if value is not None:
+            found.append((-value, folder.name, folder))
+    return [folder for _, _, folder in sorted(found)]
+
+
+def _first_good(home: str | Path, candidates: Sequence[Path], config: Mapping[str, Any] | None) -> Found | None:
+    """The first of some checkpoints that is whole."""
+    passed_over: list[str] = []
+    for folder in candidates:
         try:
             checkpoint = load(folder, config=config)
         except ArtifactError as error:
             passed_over.append(error.seen)
-            log.warning("%s; the one before it is used", error.seen)
+            log.warning("%s; the next is used", error.seen)
             continue
         return Found(checkpoint, folder, tuple(passed_over))
     if passed_over:

@@ -100,6 +100,11 @@ class ClassificationTask(nn.Module):  # type: ignore[misc]
         generator = np.random.default_rng([self.settings.seed, progress.step, parallel.rank()])
         return mix(x_nchw, targets, self.settings.mixing, generator)
 
+    def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """float (N, C) of a batch as it is: nothing is mixed."""
+        logits: torch.Tensor = self._run(self.backbone, self.normalized(batch["image"]))[0]
+        return logits
+
     def normalized(self, image_u8_nhwc: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) as the model's input, float (N, 3, H, W), channels last in memory."""
         return image_u8_nhwc.permute(0, 3, 1, 2).float() * self._scale + self._bias

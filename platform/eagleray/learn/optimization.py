@@ -155,6 +155,15 @@ def make_optimizer(
     return optimizer
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Goes on from a kept state, each part laid out in memory as its parameter is: as if it had never been saved."""
+    optimizer.load_state_dict(dict(state))
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def set_rates(
     optimizer: torch.optim.Optimizer, settings: OptimizerSettings, progress: Progress, *, batch_size: int
 ) -> float:

@@ -63,6 +63,14 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+def mixed(*numbers: int) -> int:
+    """One number of several, below 2 ** 63: a seed that belongs to all of them."""
+    value = np.zeros(1, np.uint64)
+    for number in numbers:
+        value = mix64(value ^ np.uint64(number))
+    return int(value[0] >> np.uint64(1))
+
+
 def epoch_order(
     index: CorpusIndex, *, seed: int, epoch: int, window_shards: int = WINDOW_SHARDS, repeats: Ints | None = None
 ) -> Ints:

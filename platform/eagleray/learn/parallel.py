@@ -97,6 +97,20 @@ def vote(own: Votes, device: torch.device) -> Votes:
     return Votes(*counts.tolist())
 
 
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sums over all ranks: the same on each."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Gives every rank the running statistics of rank 0, which are those of its checkpoints."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
 def trainable(task: nn.Module) -> tuple[bool, ...]:
     """Which parameters take a gradient, in order."""
     return tuple(parameter.requires_grad for parameter in task.parameters())

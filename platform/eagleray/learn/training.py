@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -29,14 +28,15 @@ from torch import nn
 from eagleray.core.config import Config
 from eagleray.core.errors import CapabilityError, ConfigError
 from eagleray.learn import divergence, memory, parallel
-from eagleray.learn.averaging import Average
+from eagleray.learn.averaging import Average, as_kept
 from eagleray.learn.batch_tensors import Tensors, channels_last, on_device, parts
 from eagleray.learn.checkpoints import Checkpoint
 from eagleray.learn.feeding import Batch, BatchSource
-from eagleray.learn.optimization import OptimizerSettings, make_optimizer, set_rates
-from eagleray.learn.order import Position, check_world, mix64
+from eagleray.learn.optimization import OptimizerSettings, load_optimizer, make_optimizer, set_rates
+from eagleray.learn.order import Position, check_world, mixed
 from eagleray.learn.reports import Meter, StepReport
 from eagleray.learn.task import Progress, StepOutput, Task
+from eagleray.learn.validation import Answering, Validation
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,6 +87,7 @@ class Hooks:
         on_report: Every few seconds and at the end.
         on_checkpoint: With a function that captures the state; call it on the ranks that keep one.
         should_stop: Asked after every step: a preemption notice, Ctrl-C. The run then checkpoints and returns.
+        validation: Measures at the ends of epochs; a report follows. The task then answers, see ``Answering``.
         folder: The run's folder: where the batch of a diverged step is kept.
         config: What the run is, as JSON values, for its checkpoints.
     """
@@ -96,6 +97,7 @@ class Hooks:
     on_report: Callable[[StepReport], None] | None = None
     on_checkpoint: Callable[[Callable[[], Checkpoint], Progress], None] | None = None
     should_stop: Callable[[], bool] | None = None
+    validation: Validation | None = None
     folder: Path | None = None
     config: Mapping[str, Any] | None = None
 
@@ -186,14 +188,12 @@ class _Loop:
         """Goes on from a checkpoint."""
         self.progress, self.position = start.progress, start.position
         self.module.load_state_dict(start.state["model"])
-        self.optimizer.load_state_dict(start.state["optimizer"])
-        for parameter, kept in self.optimizer.state.items():  # laid out as the parameter is, as if never saved
-            for name, value in kept.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        load_optimizer(self.optimizer, start.state["optimizer"])
         self.scaler.load_state_dict(start.state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(start.state["ema"])
+        if self.hooks.validation is not None and "validation" in start.state:
+            self.hooks.validation.load_state_dict(start.state["validation"])
 
     def capture(self) -> Checkpoint:
         """The state as a checkpoint."""
@@ -204,7 +204,12 @@ class _Loop:
         }
         if self.average is not None:
             state["ema"] = self.average.state_dict()
-        return Checkpoint(progress=self.progress, position=self.position, config=self.hooks.config or {}, state=state)
+        metrics: Mapping[str, float] = {}
+        if self.hooks.validation is not None:
+            state["validation"] = self.hooks.validation.state_dict()
+            metrics = self.hooks.validation.metrics(self.progress)
+        config = self.hooks.config or {}
+        return Checkpoint(progress=self.progress, position=self.position, config=config, state=state, metrics=metrics)
 
     def run(self) -> TrainResult:
         """Steps until the end or until told to stop."""
@@ -212,10 +217,13 @@ class _Loop:
         if self.settings.compiles:
             is_own = type(self.module).compile is not nn.Module.compile
             (self.module if is_own else getattr(self.module, "backbone", self.module)).compile()
-        self._before_step()
+        getattr(self.task, "before_step", _nothing)(self.progress)
         step = parallel.wrap(self.task)
         taking = parallel.trainable(self.module)
         is_stopped = False
+        if self._validate():  # of a run that was stopped before it could
+            self._report()
+            self._checkpoint(is_due=False)
         feed = self.batches.iterate(self.position)
         try:
             while self.progress.step < self.progress.num_steps and not is_stopped:
@@ -223,16 +231,13 @@ class _Loop:
                     batch = next(feed)
                 self._at(batch)
                 self._check_size(batch)
-                self._before_step()
+                getattr(self.task, "before_step", _nothing)(self.progress)
                 if parallel.trainable(self.module) != taking:
                     step, taking = parallel.wrap(self.task), parallel.trainable(self.module)
                 is_stopped = self._step(step, batch)
         finally:
             getattr(feed, "close", _nothing)()
-        has_more = self.meter.has_steps
-        report = self.meter.report(self.progress)
-        if has_more and self.hooks.on_report is not None:
-            self.hooks.on_report(report)
+        report = self._report() if self.meter.has_steps else self.meter.report(self.progress)
         average = None if self.average is None else self.average.state
         return TrainResult(self.progress, self.position, self.progress.step >= self.progress.num_steps, report, average)
 
@@ -250,11 +255,6 @@ class _Loop:
                 expected="one size: the learning rate goes by it",
                 fix="give the loop and the batches the same batch_size",
             )
-
-    def _before_step(self) -> None:
-        before = getattr(self.task, "before_step", None)
-        if before is not None:
-            before(self.progress)
 
     def _step(self, step: nn.Module, batch: Batch) -> bool:
         """One optimizer step; True when the run is to stop."""
@@ -282,10 +282,26 @@ class _Loop:
         if self.hooks.on_step is not None:
             self.hooks.on_step(self.progress, output)
         self.meter.add(batch.num_images, votes.loss / parallel.world_size(), lr, output.logs)
-        if votes.reports and self.hooks.on_report is not None:
-            self.hooks.on_report(self.meter.report(self.progress))
+        is_news = not votes.stops and self._validate()  # one that is to stop has no time: it does when it goes on
+        if votes.reports or is_news:
+            self._report()
         self._checkpoint(is_due=bool(votes.saves or votes.stops))
         return bool(votes.stops)
+
+    def _report(self) -> StepReport:
+        report = self.meter.report(self.progress)
+        if self.hooks.on_report is not None:
+            self.hooks.on_report(report)
+        return report
+
+    def _validate(self) -> bool:
+        """Measures the weights as they would be kept, where that is due; whether it did."""
+        validation = self.hooks.validation
+        if validation is None or not validation.is_due(self.progress):
+            return False
+        with as_kept(self.module, self.average), self._autocast():
+            validation.measure(cast(Answering, self.module), self.progress, self.device)
+        return True
 
     def _gradients(self, step: nn.Module, batch: Batch) -> tuple[float, StepOutput]:
         """Backward through every part of the batch; the mean loss and the last part's output."""
@@ -344,11 +360,7 @@ class _Loop:
 
     def _seed(self, part: int) -> int:
         """Seeds torch's generator for one part of this step on this rank."""
-        place = [self.settings.seed, self.progress.step, parallel.rank(), part]
-        value = np.zeros(1, np.uint64)
-        for number in place:
-            value = mix64(value ^ np.uint64(number))
-        seed = int(value[0] >> np.uint64(1))
+        seed = mixed(self.settings.seed, self.progress.step, parallel.rank(), part)
         torch.manual_seed(seed)
         return seed
 
@@ -364,6 +376,7 @@ class _Loop:
     def _checkpoint(self, *, is_due: bool) -> None:
         every, step = self.settings.checkpoint_every_steps, self.progress.step
         is_due = is_due or step == self.progress.num_steps or (every is not None and step % every == 0)
+        is_due = is_due or (self.hooks.validation is not None and self.hooks.validation.wants_checkpoint(step))
         if is_due and self.hooks.on_checkpoint is not None:
             self.hooks.on_checkpoint(self.capture, self.progress)
             self.saved_s = time.monotonic()
@@ -379,5 +392,5 @@ class _Loop:
         )
 
 
-def _nothing() -> None:
-    """What closing an iterator that cannot be closed does."""
+def _nothing(*_: Any) -> None:
+    """What a method does that a task or an iterator has not."""

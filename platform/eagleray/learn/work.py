@@ -18,6 +18,7 @@ from eagleray.learn.corpus_index import CorpusIndex, Ints
 from eagleray.learn.feeding import Batches, FeedSettings
 from eagleray.learn.task import Progress, StepOutput, Transform
 from eagleray.learn.training import TrainSettings
+from eagleray.learn.validation import METRIC, Validation
 
 
 class Watch(Protocol):
@@ -55,6 +56,7 @@ class Work:
         key: What the run is, as JSON values: a checkpoint of another is refused.
         sampler: Epoch to repeats of each image; None: each once.
         watch: Probes; None: nothing is looked at but the loss.
+        validation: Held-out images; None: nothing is measured.
         notes: What a person should know, one line each.
     """
 
@@ -66,7 +68,13 @@ class Work:
     key: Mapping[str, Any]
     sampler: Callable[[int], Ints] | None = None
     watch: Watch | None = None
+    validation: Validation | None = None
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def keeps_best_by(self) -> str | None:
+        """The metric of the checkpoint that the result comes from; None: it comes from the last."""
+        return METRIC if self.validation is not None and self.validation.keeps_best else None
 
     def batches(self, *, rank: int, world_size: int) -> Batches:
         """The batches of one rank, made in its process.
