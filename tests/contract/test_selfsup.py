@@ -175,7 +175,7 @@ def example_loss(method: Any, views: list[torch.Tensor]) -> torch.Tensor:
 def test_a_step_is_that_of_lightlys_example(name: str) -> None:
     """Loss, gradients and running averages, which take in one view after the other.
 
-    SimCLR's took both as one batch, half as often: kNN 2 to 4 points below lightly's after 20 steps (docs/log.md).
+    SimCLR's took both as one batch, half as often: with one seed kNN was 2 to 4 points lower after 20 steps than so.
     """
     run = Run(make(name))
     method, twin, views = run.method, copy.deepcopy(run.method), run.batch(0)["views"]
