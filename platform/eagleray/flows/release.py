@@ -119,7 +119,8 @@ def _work(config: ReleaseConfig, parent: ModelBundle, asked: list[Step], *, note
         name="parent", what="as it was given", model_digest=parent.model_digest, architecture=parent.architecture,
         precision="fp32", accuracy=Estimate(None),
     )  # fmt: skip
-    rows = [_judged(bench, parent, home, blank, judged_by, note)]
+    rows = [_judged(bench, parent, blank, judged_by, (home, home))]
+    note(release_outputs.line(rows[0]))
     bundle, chain = parent, digest_json([SCHEMA, parent.model_digest, open_corpus(config.corpus).digest])
     for number, step in enumerate(asked, 1):
         chain = digest_json([chain, step.name, _plain(step)])
@@ -131,7 +132,8 @@ def _work(config: ReleaseConfig, parent: ModelBundle, asked: list[Step], *, note
             name=step.title, what=step.what, model_digest=bundle.model_digest, architecture=bundle.architecture,
             precision="fp32", accuracy=Estimate(None), seconds=seconds,
         )  # fmt: skip
-        rows.append(_judged(bench, bundle, home, blank, digest_json([judged_by, chain]), note, kept=place))
+        rows.append(_judged(bench, bundle, blank, digest_json([judged_by, chain]), (home, place)))
+        note(release_outputs.line(rows[-1]))
         if not rows[-1].is_passed:
             break
     return Made(tuple(rows), bundle)
@@ -154,18 +156,14 @@ def _make(ask: Ask, bundle: ModelBundle, key: str) -> tuple[ModelBundle, float]:
     return made, seconds
 
 
-def _judged(
-    bench: Bench, bundle: ModelBundle, home: Path, blank: StepRow, key: str, note: Note, *, kept: Path | None = None
-) -> StepRow:
-    """A row of the table: judged, or read as it was judged."""
-    path = (kept or home) / ROW
-    there = _read(path)
+def _judged(bench: Bench, bundle: ModelBundle, blank: StepRow, key: str, places: tuple[Path, Path]) -> StepRow:
+    """A row of the table: judged, or read as it was judged; ``places``: of its evaluation, and of the row."""
+    home, place = places
+    there = _read(place / ROW)
     if there.get("key") == key and there["row"]["model_digest"] == bundle.model_digest:
-        row = StepRow.from_json(there["row"])
-    else:
-        row = bench.judge(bundle, home, blank)
-        storage.write_json(path, {"key": key, "row": row.to_json()})
-    note(release_outputs.line(row))
+        return StepRow.from_json(there["row"])
+    row = bench.judge(bundle, home, blank)
+    storage.write_json(place / ROW, {"key": key, "row": row.to_json()})
     return row
 
 
