@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from eagleray.core.config import digest_json
 from eagleray.core.errors import ArtifactError, ConfigError
-from eagleray.vision.prediction import Prediction, ThresholdPolicy, decide
+from eagleray.vision.evidence import Claim, Evidence
+from eagleray.vision.prediction import Prediction, ThresholdPolicy, decide, decided, temper
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +21,8 @@ def oracle(policy: ThresholdPolicy, row: list[float]) -> str:
     passing = [
         (score, -index)
         for index, (label, score) in enumerate(zip(LABELS, row, strict=True))
-        if not policy.thresholds
-        or (label in policy.thresholds and np.float32(score) >= np.float32(policy.thresholds[label]))
+        if (not policy.thresholds or label in policy.thresholds)
+        and np.float32(score) >= np.float32(max(policy.thresholds.get(label, 0.0), policy.floor))
     ]
     return LABELS[-max(passing)[1]] if passing else policy.otherwise
 
@@ -31,11 +33,17 @@ probability = st.floats(0, 1, width=32)
 @given(
     thresholds=st.dictionaries(st.sampled_from(LABELS), probability),
     rows=st.lists(st.lists(probability, min_size=3, max_size=3), max_size=6),
+    floor=st.sampled_from([0.0, 0.25, 0.9]),
+    temperature=st.sampled_from([1.0, 0.5, 2.0]),
 )
-def test_decide_does_what_the_words_say(thresholds: dict[str, float], rows: list[list[float]]) -> None:
-    policy = ThresholdPolicy(thresholds, otherwise="inspect")
+def test_decide_does_what_the_words_say(
+    thresholds: dict[str, float], rows: list[list[float]], floor: float, temperature: float
+) -> None:
+    policy = ThresholdPolicy(thresholds, "inspect", floor, temperature)
     batch = np.array(rows, np.float32).reshape(-1, 3)
-    assert decide(policy, LABELS, batch) == [oracle(policy, row) for row in batch.tolist()]
+    said = decide(policy, LABELS, batch)
+    assert said == [oracle(policy, row) for row in temper(batch, temperature).tolist()]
+    assert [LABELS[at] if at >= 0 else "inspect" for at in decided(policy, LABELS, batch).tolist()] == said
 
 
 def test_a_label_that_passes_wins_over_a_likelier_one_that_does_not() -> None:
@@ -75,8 +83,72 @@ def test_policies_go_through_json_and_keep_their_digest() -> None:
     assert policy.digest != ThresholdPolicy({"ok": 0.1, "crack": 1}).digest
 
 
+EVIDENCE = Evidence(
+    kpi="precision(ok)>=0.9@0.95",
+    claims=(
+        Claim(
+            kpi="precision(ok)>=0.9@0.95",
+            target=0.9,
+            confidence=0.95,
+            num_trials=60,
+            num_successes=60,
+            value=1.0,
+            bound=0.951,
+            is_met=True,
+        ),
+    ),
+    method="a test",
+    corpus="ab",
+    split="calibration",
+    split_digest="cd",
+    num_selection=30,
+    num_certification=90,
+    model="ef",
+    certified_at="2026-01-31T12:00:00Z",
+)
+
+
+def test_a_policy_of_the_first_release_keeps_its_json_and_its_digest() -> None:
+    """Scores are keyed by this digest: another one would score every archive anew."""
+    policy = ThresholdPolicy({"crack": 0.25, "ok": 0.5}, otherwise="look")
+    first = {"schema": 1, "thresholds": {"crack": 0.25, "ok": 0.5}, "otherwise": "look"}
+    assert policy.to_json() == first
+    assert policy.digest == digest_json(first)
+    assert ThresholdPolicy.from_json(first) == policy
+
+
+def test_evidence_travels_and_decides_nothing() -> None:
+    plain = ThresholdPolicy({"ok": 0.1})
+    proved = ThresholdPolicy({"ok": 0.1}, evidence=EVIDENCE)
+    back = ThresholdPolicy.from_json(json.loads(json.dumps(proved.to_json())))
+    assert back == proved
+    assert back.evidence == EVIDENCE
+    assert proved.digest == plain.digest
+    assert proved != plain
+    assert proved.to_json()["schema"] == 1  # an older version decides the same
+    with pytest.raises(ArtifactError):
+        ThresholdPolicy.from_json({**proved.to_json(), "evidence": {"kpi": "x"}})
+
+
+@pytest.mark.parametrize("more", [{"floor": 0.5}, {"temperature": 2.0}, {"temperature": 0.5, "scaling": "sigmoid"}])
+def test_what_decides_is_in_the_digest_and_an_older_version_refuses_it(more: dict[str, object]) -> None:
+    policy = ThresholdPolicy({"ok": 0.1}, **more)  # type: ignore[arg-type]
+    assert policy.to_json()["schema"] == 2
+    assert policy.digest != ThresholdPolicy({"ok": 0.1}).digest
+    assert ThresholdPolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"schema": 2}, {}, [], {"schema": 1}, {"schema": True}, {"schema": 1, "thresholds": 3}]
+    "more",
+    [{"floor": 1.5}, {"floor": True}, {"temperature": 0}, {"temperature": float("nan")}, {"scaling": "linear"}],
+)
+def test_what_is_no_floor_or_temperature_is_refused(more: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        ThresholdPolicy({"ok": 0.1}, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"schema": 3}, {"schema": 2}, {}, [], {"schema": 1}, {"schema": True}, {"schema": 1, "thresholds": 3}]
 )
 def test_what_is_no_policy_is_refused(wrong: object) -> None:
     with pytest.raises(ArtifactError):

@@ -2,7 +2,7 @@
 
 Example:
     >>> certificate_report(made, About(title="Certificate", created="2026-01-31T12:00:00Z")).verdict.text
-    'precision(crack)>=0.95@0.95 holds: at least 0.953, on 93 decisions'
+    'precision(crack)>=0.95@0.95 holds: lower bound 0.953 on 93 decisions'
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class About:
         subtitle: Which data, which model.
         unit: What is counted: ``image``, or ``group`` where one image stands for each.
         names: Label id to the name that a person reads.
+        attempt: How many certifications on these images this folder has seen, this one too.
         training: What is known of the images that the model was trained on.
         facts: Name and value of what was used.
         digests: Name to SHA-256.
@@ -47,6 +48,7 @@ class About:
     subtitle: str = ""
     unit: str = "image"
     names: Mapping[str, str] = field(default_factory=dict)
+    attempt: int = 1
     training: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -75,10 +77,11 @@ def _verdict(made: Certificate) -> str:
         return f"not attainable with {len(made.certification):,} images: {', '.join(failed[:3])}"
     if not made.claims:
         return f"thresholds of least cost: {made.cost:.4g} an image"
+    unit = "decision" if _metric(made.claims[0]) in ("precision", "error_rate") else "image"
     first, more = made.claims[0], len(made.claims) - 1
-    side = "at least" if METRICS[_metric(first)].op == ">=" else "at most"
+    side = "lower" if METRICS[_metric(first)].op == ">=" else "upper"
     rest = f", and {count(more, 'other constraint')}" if more else ""
-    return f"{first.kpi} holds: {side} {first.bound:.3f}, on {count(first.num_trials, 'decision')}{rest}"
+    return f"{first.kpi} holds: {side} bound {first.bound:.3f} on {count(first.num_trials, unit)}{rest}"
 
 
 def _metric(claim: Claim) -> str:
@@ -291,6 +294,9 @@ def _rests_on(made: Certificate, about: About) -> blocks.Text:
             "The images that chose the thresholds are others than those that certify them, divided by a hash that "
             "knows no label.",
             about.training,
+            "The promise is for one certification. Who tries KPIs, seeds or models on the same images until one passes "
+            "has searched without paying for it: "
+            + (f"this is attempt {about.attempt} in this folder." if about.attempt > 1 else "take new images then."),
         ),
         "What it rests on",
     )

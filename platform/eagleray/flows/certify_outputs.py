@@ -121,6 +121,7 @@ def write_certificate(plan: Plan, key: str, made: Certificate) -> dict[str, Any]
     for name in (RECORD, PAGE):
         (root / name).unlink(missing_ok=True)
     subject, run = plan.subject, read_run(plan.root / SCORING) or {}
+    attempt = _attempt(plan, key)
     document = {
         **made.to_json(),
         "split": {"name": subject.config.split, **subject.splits.to_json()},
@@ -130,6 +131,7 @@ def write_certificate(plan: Plan, key: str, made: Certificate) -> dict[str, Any]
         "runtime": run.get("runtime"),
         "config_digest": config_digest(plan.config),
         "certified_at": _date(plan),
+        "attempt": attempt,
         "key": key,
     }
     report = certificate_report(made, _about(plan, made, document))
@@ -140,6 +142,16 @@ def write_certificate(plan: Plan, key: str, made: Certificate) -> dict[str, Any]
         write_page(root, report)
     storage.write_json(root / CERTIFICATE, document)
     return document
+
+
+def _attempt(plan: Plan, key: str) -> int:
+    """Which certification of this folder this is: another KPI or setting on the same images counts one more."""
+    try:
+        before = storage.read_json(plan.root / CERTIFICATE)
+        number = int(before["attempt"])
+        return number if before["key"] == key else number + 1
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return 1
 
 
 def _date(plan: Plan) -> str:
@@ -273,6 +285,7 @@ def _about(plan: Plan, made: Certificate, document: dict[str, Any]) -> About:
         subtitle=f"the model {last_name(str(bundle.path))} on {last_name(str(subject.corpus.path))}",
         unit=plan.pieces.unit,
         names={label.id: label.name for label in bundle.labels},
+        attempt=document["attempt"],
         training=_training(plan),
         facts=facts,
         digests={
