@@ -153,8 +153,8 @@ def _speeds(rows: Sequence[StepRow]) -> blocks.Table:
         for row in rows
     )
     note = (
-        "Latency at batch 1; images a second at the best batch; speed-up is paired: measured in turns with the parent on "
-        "its own best engine."
+        "Latency at batch 1; images a second at the best batch; speed-up is paired: measured in turns with the parent "
+        "on its own best engine."
     )
     return blocks.Table("Size and speed after each step", heads, cells, note)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eagleray.assure.release_table import StepRow
+from eagleray.assure.release_table import Gate, StepRow
 from eagleray.core import storage
 from eagleray.core.config import digest_json
 from eagleray.core.errors import ConfigError, DataError, EagleError, KpiNotMet
@@ -81,7 +81,7 @@ def run(config: ReleaseConfig, *, is_quiet: bool = False, is_live: bool | None =
         if done is not None:
             note(f"nothing to do: {config.out} is released")
             return done
-        made = _work(config, parent, asked, note=note, is_quiet=is_quiet)
+        made = _work(config, key, parent, asked, note=note, is_quiet=is_quiet)
         if not made.rows[-1].is_passed:
             release_outputs.write(config, key, parent, made.rows, made.notes)
             raise _not_met(config, made.rows[-1])
@@ -110,7 +110,9 @@ def _plain(step: Step) -> Any:
     return {"settings": dict(step.settings)}
 
 
-def _work(config: ReleaseConfig, parent: ModelBundle, asked: list[Step], *, note: Note, is_quiet: bool) -> Made:
+def _work(
+    config: ReleaseConfig, key: str, parent: ModelBundle, asked: list[Step], *, note: Note, is_quiet: bool
+) -> Made:
     """Makes and judges, step by step, until one does not pass."""
     root, judged_by = config.root, _judge_key(config, parent)
     home = storage.make_folder(root / PARENT)
@@ -126,7 +128,13 @@ def _work(config: ReleaseConfig, parent: ModelBundle, asked: list[Step], *, note
         chain = digest_json([chain, step.name, _plain(step)])
         place = root / f"{number}-{step.name}"
         note(f"step {number} of {len(asked)}: {step.what}")
-        before, (bundle, seconds) = bundle, _make(Ask(config, step, place, is_quiet), bundle, chain)
+        before = bundle
+        try:
+            bundle, seconds = _make(Ask(config, step, place, is_quiet), before, chain)
+        except KpiNotMet as error:  # the step's own gate: int8 cannot keep the accuracy
+            gate = Gate(step.title, False, error.seen, error.expected)
+            release_outputs.write(config, key, parent, [*rows[:-1], rows[-1].with_gates(gate)], ())
+            raise
         home = home if bundle is before else place
         blank = StepRow(
             name=step.title, what=step.what, model_digest=bundle.model_digest, architecture=bundle.architecture,
