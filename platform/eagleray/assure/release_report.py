@@ -82,7 +82,8 @@ def _blocks(rows: Sequence[StepRow], about: About) -> Iterator[blocks.Block]:
         yield blocks.Text(tuple(about.notes), "Read this first")
     yield _totals(rows)
     yield _trade(rows, about)
-    yield _table(rows)
+    yield _speeds(rows)
+    yield _losses(rows)
     yield _gates(rows)
     yield from _classes(rows, about)
     yield from about.costs
@@ -134,36 +135,44 @@ def _trade(rows: Sequence[StepRow], about: About) -> blocks.Scatter:
     )
 
 
-def _table(rows: Sequence[StepRow]) -> blocks.Table:
-    heads = (
-        *("step", "MB", "parameters", "MACs", "engine", "p50 ms", "p95 ms", "images/s", "at batch", "speed-up"),
-        *("accuracy", "change, points", "same answer", "worst class, points"),
+def _speeds(rows: Sequence[StepRow]) -> blocks.Table:
+    heads = ("step", "MB", "M parameters", "M MACs", "p50 ms", "p95 ms", "images/s", "at batch", "speed-up", "on")
+    cells = tuple(
+        (
+            row.name,
+            round(row.model_bytes / 1e6, 2),
+            None if row.parameters is None else round(row.parameters / 1e6, 2),
+            None if row.macs is None else round(row.macs / 1e6),
+            row.latency_ms_p50,
+            row.latency_ms_p95,
+            row.images_per_s,
+            row.best_batch,
+            row.speedup,
+            f"{row.engine}, {row.precision}",
+        )
+        for row in rows
     )
     note = (
-        "Latency at batch 1; images a second at the best batch; speed-up is paired: measured in turns with the parent. "
-        "Change, agreement and classes are against the parent on the same test images."
+        "Latency at batch 1; images a second at the best batch; speed-up is paired: measured in turns with the parent "
+        "on its own best engine."
     )
-    return blocks.Table("Steps", heads, tuple(_row(row) for row in rows), note)
+    return blocks.Table("Size and speed after each step", heads, cells, note)
 
 
-def _row(row: StepRow) -> tuple[blocks.Cell, ...]:
-    worst = row.worst_class
-    return (
-        row.name,
-        figure(row.model_bytes / 1e6),
-        "–" if row.parameters is None else f"{row.parameters / 1e6:.2f} M",
-        "–" if row.macs is None else f"{row.macs / 1e6:,.0f} M",
-        f"{row.engine} {row.precision}",
-        figure(row.latency_ms_p50),
-        figure(row.latency_ms_p95),
-        figure(row.images_per_s),
-        row.best_batch,
-        "" if row.speedup is None else f"{row.speedup:.2f} x",
-        row.accuracy.text,
-        "" if row.change is None else points(row.change),
-        "" if row.agreement is None else _share(row.agreement),
-        "" if worst is None else f"{worst[0]} {points(worst[1])}",
+def _losses(rows: Sequence[StepRow]) -> blocks.Table:
+    heads = ("step", "share right", "change, points", "same answer", "class that loses most, points")
+    cells = tuple(
+        (
+            row.name,
+            row.accuracy.text,
+            "" if row.change is None else points(row.change),
+            "" if row.agreement is None else _share(row.agreement),
+            "" if row.worst_class is None else f"{row.worst_class[0]} {points(row.worst_class[1])}",
+        )
+        for row in rows
     )
+    note = "Change, agreement and classes are against the parent, on the same test images, with paired intervals."
+    return blocks.Table("Accuracy after each step", heads, cells, note)
 
 
 def points(change: Estimate) -> str:
@@ -182,13 +191,13 @@ def _share(value: Estimate) -> str:
 
 def _gates(rows: Sequence[StepRow]) -> blocks.Table:
     cells = tuple(
-        (row.name, gate.name, "passed" if gate.is_passed else "FAILED", gate.seen, gate.allowed)
+        (row.name, gate.name, f"{'passed' if gate.is_passed else 'FAILED'}: {gate.seen}", gate.allowed)
         for row in rows
         for gate in row.gates
     )
     made = ", ".join(f"{row.name} in {duration(row.seconds)}" for row in rows[1:])
     note = f"Made: {made}." if made else ""
-    return blocks.Table("Gates", ("step", "gate", "", "seen", "allowed"), cells, note)
+    return blocks.Table("Gates", ("step", "gate", "seen", "allowed"), cells, note)
 
 
 def _classes(rows: Sequence[StepRow], about: About) -> Iterator[blocks.Block]:

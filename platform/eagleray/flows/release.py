@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eagleray.assure.release_table import StepRow
+from eagleray.assure.release_table import Gate, StepRow
 from eagleray.core import storage
 from eagleray.core.config import digest_json
 from eagleray.core.errors import ConfigError, DataError, EagleError, KpiNotMet
@@ -81,7 +81,7 @@ def run(config: ReleaseConfig, *, is_quiet: bool = False, is_live: bool | None =
         if done is not None:
             note(f"nothing to do: {config.out} is released")
             return done
-        made = _work(config, parent, asked, note=note, is_quiet=is_quiet)
+        made = _work(config, key, parent, asked, note=note, is_quiet=is_quiet)
         if not made.rows[-1].is_passed:
             release_outputs.write(config, key, parent, made.rows, made.notes)
             raise _not_met(config, made.rows[-1])
@@ -110,7 +110,9 @@ def _plain(step: Step) -> Any:
     return {"settings": dict(step.settings)}
 
 
-def _work(config: ReleaseConfig, parent: ModelBundle, asked: list[Step], *, note: Note, is_quiet: bool) -> Made:
+def _work(
+    config: ReleaseConfig, key: str, parent: ModelBundle, asked: list[Step], *, note: Note, is_quiet: bool
+) -> Made:
     """Makes and judges, step by step, until one does not pass."""
     root, judged_by = config.root, _judge_key(config, parent)
     home = storage.make_folder(root / PARENT)
@@ -119,19 +121,27 @@ def _work(config: ReleaseConfig, parent: ModelBundle, asked: list[Step], *, note
         name="parent", what="as it was given", model_digest=parent.model_digest, architecture=parent.architecture,
         precision="fp32", accuracy=Estimate(None),
     )  # fmt: skip
-    rows = [_judged(bench, parent, home, blank, judged_by, note)]
+    rows = [_judged(bench, parent, blank, judged_by, (home, home))]
+    note(release_outputs.line(rows[0]))
     bundle, chain = parent, digest_json([SCHEMA, parent.model_digest, open_corpus(config.corpus).digest])
     for number, step in enumerate(asked, 1):
         chain = digest_json([chain, step.name, _plain(step)])
         place = root / f"{number}-{step.name}"
         note(f"step {number} of {len(asked)}: {step.what}")
-        before, (bundle, seconds) = bundle, _make(Ask(config, step, place, is_quiet), bundle, chain)
+        before = bundle
+        try:
+            bundle, seconds = _make(Ask(config, step, place, is_quiet), before, chain)
+        except KpiNotMet as error:  # the step's own gate: int8 cannot keep the accuracy
+            gate = Gate(step.title, False, error.seen, error.expected)
+            release_outputs.write(config, key, parent, [*rows[:-1], rows[-1].with_gates(gate)], ())
+            raise
         home = home if bundle is before else place
         blank = StepRow(
             name=step.title, what=step.what, model_digest=bundle.model_digest, architecture=bundle.architecture,
             precision="fp32", accuracy=Estimate(None), seconds=seconds,
         )  # fmt: skip
-        rows.append(_judged(bench, bundle, home, blank, digest_json([judged_by, chain]), note, kept=place))
+        rows.append(_judged(bench, bundle, blank, digest_json([judged_by, chain]), (home, place)))
+        note(release_outputs.line(rows[-1]))
         if not rows[-1].is_passed:
             break
     return Made(tuple(rows), bundle)
@@ -154,18 +164,14 @@ def _make(ask: Ask, bundle: ModelBundle, key: str) -> tuple[ModelBundle, float]:
     return made, seconds
 
 
-def _judged(
-    bench: Bench, bundle: ModelBundle, home: Path, blank: StepRow, key: str, note: Note, *, kept: Path | None = None
-) -> StepRow:
-    """A row of the table: judged, or read as it was judged."""
-    path = (kept or home) / ROW
-    there = _read(path)
+def _judged(bench: Bench, bundle: ModelBundle, blank: StepRow, key: str, places: tuple[Path, Path]) -> StepRow:
+    """A row of the table: judged, or read as it was judged; ``places``: of its evaluation, and of the row."""
+    home, place = places
+    there = _read(place / ROW)
     if there.get("key") == key and there["row"]["model_digest"] == bundle.model_digest:
-        row = StepRow.from_json(there["row"])
-    else:
-        row = bench.judge(bundle, home, blank)
-        storage.write_json(path, {"key": key, "row": row.to_json()})
-    note(release_outputs.line(row))
+        return StepRow.from_json(there["row"])
+    row = bench.judge(bundle, home, blank)
+    storage.write_json(place / ROW, {"key": key, "row": row.to_json()})
     return row
 
 

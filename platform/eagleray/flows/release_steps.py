@@ -79,8 +79,8 @@ def quantize(ask: Ask, bundle: ModelBundle) -> ModelBundle:
     from eagleray.infer.quantization import quantize as quantized
 
     config = ask.config
-    own = {"max_drop_points": config.max_drop_points, "seed": config.seed, **config.quantization}
-    settings = load(QuantizationSettings, overrides={k: v for k, v in own.items() if _has(QuantizationSettings, k)})
+    own = {"max_drop_points": config.max_drop_points, "max_images": config.calibration_images}
+    settings = load(QuantizationSettings, overrides={**own, "threads": config.threads, **config.quantization})
     pictures = draw(config, bundle.image_spec, config.calibration_images, needs_labels=bundle.label_ids)
     engine = config.target or _engine(bundle)
 
@@ -239,10 +239,6 @@ def _engine(bundle: ModelBundle) -> str:
     """The engine that INT8 is for where none is named: OpenVINO where it is, for it needs no VNNI to be faster."""
     able = candidates(bundle)
     return "openvino" if "openvino" in able else "onnx"
-
-
-def _has(kind: Any, name: str) -> bool:
-    return name in kind.model_fields
 
 
 def _plain(table: Any) -> Any:
