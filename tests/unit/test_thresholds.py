@@ -274,3 +274,26 @@ def test_every_rate_is_a_count_among_trials() -> None:
         if metric.count is not None:
             successes, trials = metric.count(cells)
             assert 0 <= successes <= trials <= 10, name
+
+
+def test_several_labels_an_image_are_right_when_the_decided_one_is_among_them() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, (2000, 3))
+    probabilities = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    truth = generator.random((2000, 3)) < probabilities
+    truth[~truth.any(axis=1), 0] = True  # what has no label is left out of a corpus' images
+    sample, ids = Sample(probabilities, truth), ("a", "b", "c")
+    asked = task("precision(a)>=0.8; error_rate<=0.2; maximize coverage", ids, scaling="sigmoid")
+    first, second = sample.part(np.arange(2000) < 500), sample.part(np.arange(2000) >= 500)
+    found = certify(asked, selection=first, certification=second, temperature=1.3)
+    assert found.policy is not None
+    assert found.policy.scaling == "sigmoid"
+    said = decide(found.policy, ids, second.probabilities)
+    kept = [(name, row) for name, row in zip(said, second.truth, strict=True) if name in ids]
+    wrong = sum(not row[ids.index(name)] for name, row in kept if name is not None)
+    by_name = {claim.kpi.partition("<")[0]: claim for claim in found.step.claims}
+    assert (by_name["error_rate"].num_successes, by_name["error_rate"].num_trials) == (wrong, len(kept))
+    made = Certificate(asked, found, first, second, is_multi_label=True)
+    assert made.sets is None
+    report = certificate_report(made, About("Certificate", "2026-01-31T12:00:00Z"))
+    assert Report.from_json(report.to_json()) == report

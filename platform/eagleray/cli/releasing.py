@@ -76,6 +76,7 @@ def _certificate(said: Mapping[str, Any]) -> str:
     lines = {
         "decided": said["all"]["coverage"]["value"],
         "wrong of those": said["all"]["error_rate"]["value"],
+        **({} if said["all"]["cost"] is None else {"cost of an image": said["all"]["cost"]}),
         "images": f"{said['num_certification']:,} certify, {said['num_selection']:,} others chose",
         "split": f"{said['split']['name']}, by {said['split']['how']}",
         "bundle": said["bundle"],

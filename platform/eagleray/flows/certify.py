@@ -211,6 +211,7 @@ def resolve(config: CertifyConfig) -> Plan:
     pieces = divide(subject, piece=config.piece, selection=config.selection, seed=config.seed)
     subject = replace(subject, keep=pieces.keep)
     present = _present(subject)
+    costs = cost_matrix(config.costs, bundle.label_ids)
     task = Task(
         kpi.over(present),
         bundle.label_ids,
@@ -218,7 +219,7 @@ def resolve(config: CertifyConfig) -> Plan:
         present=present,
         otherwise=config.otherwise,
         scaling="sigmoid" if bundle.output == "multi_label_logits" else "softmax",
-        costs=cost_matrix(config.costs, bundle.label_ids),
+        costs=costs if kpi.is_of_cost or config.costs != CostRule() else None,
     )
     plan = Plan(config, subject, pieces, task)
     _refuse_too_few(plan)

@@ -271,7 +271,9 @@ def _about(plan: Plan, made: Certificate, document: dict[str, Any]) -> About:
         "Labels that the KPI does not name": {
             "abstain": "never decided",
             "decide": "decided where most probable, without a claim",
-        }[plan.config.others],
+        }[plan.config.others]
+        if plan.task.kpi.labels
+        else "the KPI is of all labels together",
         "Otherwise": f"the decision is {made.policy.otherwise!r}",
         "Model": f"{last_name(str(bundle.path))} ({bundle.architecture})",
         "Runtime": " ".join(
