@@ -259,7 +259,7 @@ def test_one_engine_is_measured_in_a_process_of_its_own(bundle: ModelBundle, mon
 
 
 def test_an_engine_that_cannot_run_says_why(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "needs model.safetensors" in check_engine(bundle, "torch").reason
+    assert "does not run on cuda" in check_engine(bundle, "openvino", device="cuda").reason
     monkeypatch.setattr(engine_check, "TIMEOUT_S", 0.01)
     assert "no answer within" in check_engine(bundle, "onnx").reason
     monkeypatch.setattr(engine_check.sys, "executable", "/bin/false")
