@@ -22,6 +22,7 @@ from eagleray.infer.parity import prove
 from eagleray.infer.runtimes import cuda_driver
 from eagleray.vision.bundle import ONNX, PROBES, ModelBundle, load_bundle, save_bundle
 from eagleray.vision.images import normalize
+from eagleray.vision.onnx_graph import adapt, parse
 from eagleray.vision.prediction import ThresholdPolicy
 
 from tests.tiny_model import make_onnx
@@ -188,7 +189,8 @@ def test_a_folder_or_file_of_another_is_left(bundle: ModelBundle, tmp_path: Path
 
 @pytest.mark.parametrize("to", FORMS)
 def test_what_answers_otherwise_is_not_published(bundle: ModelBundle, tmp_path: Path, to: str) -> None:
-    weights: dict[str, bytes | Path] = {ONNX: make_onnx(8), PROBES: bundle.path / PROBES}
+    other = adapt(parse(make_onnx(8), "other.onnx"), "other.onnx").data
+    weights: dict[str, bytes | Path] = {ONNX: other, PROBES: bundle.path / PROBES}
     wrong = save_bundle(tmp_path / "wrong", replace(bundle, files={}), weights)
     with pytest.raises(ArtifactError, match="wrong fails its probe set on"):
         _export(wrong, to, tmp_path / "place" / "out")
@@ -257,7 +259,7 @@ def test_one_engine_is_measured_in_a_process_of_its_own(bundle: ModelBundle, mon
 
 
 def test_an_engine_that_cannot_run_says_why(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "needs model.safetensors" in check_engine(bundle, "torch").reason
+    assert "does not run on cuda" in check_engine(bundle, "openvino", device="cuda").reason
     monkeypatch.setattr(engine_check, "TIMEOUT_S", 0.01)
     assert "no answer within" in check_engine(bundle, "onnx").reason
     monkeypatch.setattr(engine_check.sys, "executable", "/bin/false")

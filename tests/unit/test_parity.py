@@ -140,6 +140,8 @@ def test_generated_images_differ_and_come_again() -> None:
         (lambda tensors, about: tensors.update(logits=tensors["logits"][:, :3]), "its logits are float32"),
         (lambda tensors, about: tensors["logits"].fill(np.nan), "its logits"),
         (lambda tensors, about: tensors.pop("logits"), "cannot be read"),
+        (lambda tensors, about: tensors.update(embedding=tensors["embedding"][:, :3]), "its embedding is float32"),
+        (lambda tensors, about: tensors["embedding"].fill(np.inf), "its embedding"),
         (lambda tensors, about: about.update(schema=2), "newer"),
         (lambda tensors, about: about.pop("sha256"), "cannot be read"),
     ],
@@ -173,6 +175,16 @@ def test_a_flipped_answer_is_refused_with_the_engine_and_the_figures(proved: Mod
     assert "max |dp|" in caught.value.seen
     assert "15" not in caught.value.expected
     assert "<= 0.0001" in caught.value.expected
+
+
+def test_an_embedding_that_is_off_is_refused_where_it_is_wanted(proved: ModelBundle, tmp_path: Path) -> None:
+    """Of a backbone without classes the logits say nothing, and the embedding is what it is for."""
+    probes = _edited(proved, lambda tensors, about: tensors["embedding"].__iadd__(0.01))
+    wrong = _with_probes(proved, tmp_path / "wrong", probes)
+    Classifier(wrong, "onnx")  # gives none, and only that is remembered
+    with pytest.raises(ArtifactError, match=r"the embedding is off by 0\.00"):
+        Classifier(wrong, "onnx", wants_embedding=True)
+    Classifier(proved, "onnx", wants_embedding=True)
 
 
 def test_another_preprocessing_with_the_same_set_is_refused(proved: ModelBundle, tmp_path: Path) -> None:
@@ -271,7 +283,7 @@ def test_an_onnx_that_is_not_its_weights_is_never_published(tmp_path: Path) -> N
     first, second = backbones.create(name), backbones.create(name)
     spec = ImageSpec(height=32, width=32)
     draft = ModelBundle(
-        architecture="test_resnet", labels=tuple(Label(one, one) for one in "abc"), image_spec=spec, embedding_dim=1
+        architecture="test_resnet", labels=tuple(Label(one, one) for one in "abc"), image_spec=spec, embedding_dim=96
     )
     with torch.no_grad():
         second.get_classifier().bias.copy_(torch.tensor([2.0, 0.0, -2.0]))
@@ -323,10 +335,14 @@ def test_labels_that_tie_in_the_reference_are_one(bare: ModelBundle) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_a_bundle_may_state_a_stricter_tolerance_never_a_looser_one(bare: ModelBundle, precision: str) -> None:
     most = TOLERANCES[precision]
-    loose = replace(bare, lineage={"tolerance": {"max_abs_dp": 1.0, "min_top1_agreement": 0.0}})
+    loose = replace(
+        bare, lineage={"tolerance": {"max_abs_dp": 1.0, "min_top1_agreement": 0.0, "max_embedding_drift": 9.0}}
+    )
     assert tolerance_of(loose, precision) == tolerance_of(bare, precision) == most
-    strict = replace(bare, lineage={"tolerance": {"max_abs_dp": 1e-5, "min_top1_agreement": 1.0}})
-    assert tolerance_of(strict, precision) == (most if precision == "fp32" else Tolerance(1e-5, 1.0))
+    strict = replace(
+        bare, lineage={"tolerance": {"max_abs_dp": 1e-5, "min_top1_agreement": 1.0, "max_embedding_drift": 1e-5}}
+    )
+    assert tolerance_of(strict, precision) == (most if precision == "fp32" else Tolerance(1e-5, 1.0, 1e-5))
 
 
 def test_what_is_stated_lets_the_engine_that_it_was_measured_on_through(bare: ModelBundle) -> None:

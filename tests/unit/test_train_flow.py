@@ -318,3 +318,46 @@ def test_workers_of_an_attempt_that_has_passed_stop_and_save_nothing(tmp_path: P
     folder.put_error(second, {"type": "DataError", "seen": "one"})
     folder.put_error(second, {"type": "DataError", "seen": "two"})
     assert json.loads(json.dumps(folder.get_error(second)))["seen"] == "one"
+
+
+# --- the probe set --------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_bundle_is_held_to_sixteen_images_of_its_corpus(corpus: str, pretrained: Path) -> None:
+    from eagleray.infer.probes import read_probes
+    from eagleray.vision.corpus import open_corpus, read_rows
+    from eagleray.vision.images import decode
+
+    bundle, opened = load_bundle(pretrained), open_corpus(corpus)
+    probes = read_probes(bundle)
+    assert probes is not None
+    assert probes.embedding is not None  # a backbone's logits say nothing
+    encoded = [
+        value.as_py() for shard in opened.shards for value in read_rows(opened.shard_path(shard)).column("image")
+    ]
+    seen = {decode(data, bundle.image_spec).tobytes() for data in encoded}
+    assert len(probes) == 16
+    assert {image.tobytes() for image in probes.images_u8_nhwc} <= seen
+
+
+@pytest.mark.parametrize("kind", ["corpus", "generated"])
+def test_no_image_of_the_corpus_travels_where_none_may(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from types import SimpleNamespace
+
+    from eagleray.flows import training_outputs
+    from eagleray.infer import parity
+    from eagleray.learn.corpus_index import build_index
+    from eagleray.vision.corpus import open_corpus
+    from eagleray.vision.images import ImageSpec
+
+    given: list[np.ndarray | None] = []
+    monkeypatch.setattr(parity, "prove", lambda bundle, images: given.append(images))
+    monkeypatch.setattr(training_outputs, "save_made", lambda path, made, lineage, probes: probes(None))
+    run = SimpleNamespace(config=pretraining(corpus, tmp_path / "ssl", probe_images=kind))
+    made = SimpleNamespace(lineage={}, spec=ImageSpec(height=32, width=32))
+    training_outputs.write_bundle(run, {}, build_index(open_corpus(corpus)), made)  # type: ignore[arg-type]
+    (images,) = given
+    assert (images is None) == (kind == "generated")
+    assert images is None or images.shape == (16, 32, 32, 3)

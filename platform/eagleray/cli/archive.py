@@ -17,7 +17,8 @@ from eagleray.cli.options import Common, Outcome, fields, table
 Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="Folder to write; the same one resumes.")]
 Model = Annotated[str | None, typer.Option("--model", metavar="BUNDLE", help="Bundle: a folder that `import` wrote.")]
 Runtime = Annotated[
-    str | None, typer.Option("--runtime", metavar="NAME", help="auto, torch, onnx or openvino; auto measures and says.")
+    str | None,
+    typer.Option("--runtime", metavar="NAME", help="auto, torch, onnx, openvino or tensorrt; auto measures."),
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", metavar="N", help="How many labels to keep for each image.")]
 Address = Annotated[

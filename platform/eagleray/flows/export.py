@@ -205,7 +205,13 @@ def _to_openvino(subject: Subject) -> dict[str, Any]:
 
     with _aside(subject.out) as home:
         write_ir(subject.data, subject.bundle, home / "model.xml")
-        runtime = OpenVino(subject.scratch, threads=subject.config.threads, ir=home / "model.xml")
+        has_embedding = subject.scratch.embedding_dim is not None
+        runtime = OpenVino(
+            subject.scratch,
+            threads=subject.config.threads,
+            wants_embedding=has_embedding,
+            ir=home / "model.xml",
+        )
         parity = check_parity(subject.scratch, runtime)
         refuse(subject.scratch, parity)
         return _publish(subject, home, {"parity": parity.to_json()})

@@ -79,7 +79,7 @@ class Classifier:
             runtime = choose_runtime(self.bundle, threads=threads, device=device).name
         kind = resolve(RUNTIMES, runtime, what="runtime")
         self._runtime: Runtime = kind(self.bundle, threads=threads, device=device, wants_embedding=wants_embedding)
-        require_parity(self.bundle, self._runtime)
+        require_parity(self.bundle, self._runtime, wants_embedding=wants_embedding)
         self._labels = [(label.id, label.name) for label in self.bundle.labels]
         self._top_k = min(top_k, len(self._labels))
         self._digest = self.bundle.model_digest

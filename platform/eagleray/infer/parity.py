@@ -22,7 +22,7 @@ from eagleray.core.errors import ArtifactError
 from eagleray.core.tables import resolve
 from eagleray.infer.probabilities import to_probabilities
 from eagleray.infer.probes import Probes, ask, generated_images, make_probes, parse_probes, read_probes
-from eagleray.infer.runtimes import RUNTIMES, Runtime, Uint8
+from eagleray.infer.runtimes import RUNTIMES, Float32, Runtime, Uint8
 from eagleray.infer.runtimes.memory import graphics, processor, recall, remember
 from eagleray.vision.bundle import ONNX, PROBES, ModelBundle
 
@@ -40,16 +40,22 @@ class Tolerance:
     Attributes:
         max_abs_dp: Largest difference of a probability.
         min_top1_agreement: Least share of probes whose most probable label is the same, 0..1.
+        max_embedding_drift: Largest difference of an embedding's value, relative to the largest value (at least 1).
     """
 
     max_abs_dp: float
     min_top1_agreement: float
+    max_embedding_drift: float
 
 
 # FP32: rounding only, the law of issue 2. FP16 has 11 bits, and a softmax over logits of order 10 turns 2^-11 of them
 # into 0.5 %; INT8 is a decision, not a rounding: these are the most that a bundle may state for itself, and what holds
 # where it states nothing.
-TOLERANCES = {"fp32": Tolerance(1e-4, 1.0), "fp16": Tolerance(0.05, 0.9), "int8": Tolerance(0.5, 0.75)}
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1.0, 1e-4),
+    "fp16": Tolerance(0.05, 0.9, 0.05),
+    "int8": Tolerance(0.5, 0.75, 0.5),
+}
 MARGIN = 2.0  # times what was measured: another processor rounds otherwise
 
 
@@ -65,6 +71,7 @@ class Parity:
         num_probes: How many images.
         max_abs_dp: Largest difference of a probability; NaN when an answer is not a number.
         top1_agreement: Share of probes with the same most probable label; labels that tie in the reference are one.
+        embedding_drift: As Tolerance says; None when no embedding was asked for.
         tolerance: What was allowed.
     """
 
@@ -75,17 +82,21 @@ class Parity:
     num_probes: int
     max_abs_dp: float
     top1_agreement: float
+    embedding_drift: float | None
     tolerance: Tolerance
 
     @property
     def is_passed(self) -> bool:
-        """Whether both figures are within the tolerance."""
-        return self.max_abs_dp <= self.tolerance.max_abs_dp and self.top1_agreement >= self.tolerance.min_top1_agreement
+        """Whether every figure is within the tolerance."""
+        allowed = self.tolerance
+        is_near = self.embedding_drift is None or self.embedding_drift <= allowed.max_embedding_drift
+        return is_near and self.max_abs_dp <= allowed.max_abs_dp and self.top1_agreement >= allowed.min_top1_agreement
 
     def to_json(self) -> dict[str, Any]:
         """The figures; those that are not numbers as None."""
-        is_number = bool(np.isfinite(self.max_abs_dp))
-        return {**asdict(self), "max_abs_dp": self.max_abs_dp if is_number else None, "is_passed": self.is_passed}
+        drifts = {"max_abs_dp": self.max_abs_dp, "embedding_drift": self.embedding_drift}
+        numbers = {key: value if value is not None and np.isfinite(value) else None for key, value in drifts.items()}
+        return {**asdict(self), **numbers, "is_passed": self.is_passed}
 
 
 def tolerance_of(bundle: ModelBundle, precision: str) -> Tolerance:
@@ -100,23 +111,32 @@ def tolerance_of(bundle: ModelBundle, precision: str) -> Tolerance:
     if precision == "fp32" or stated is None:
         return most
     try:
-        own = Tolerance(float(stated["max_abs_dp"]), float(stated["min_top1_agreement"]))
+        own = Tolerance(
+            float(stated["max_abs_dp"]), float(stated["min_top1_agreement"]), float(stated["max_embedding_drift"])
+        )
     except (KeyError, TypeError, ValueError):
         raise ArtifactError(
-            f"{bundle.name} states the tolerance {stated!r}", expected="{max_abs_dp, min_top1_agreement}"
+            f"{bundle.name} states the tolerance {stated!r}",
+            expected="{max_abs_dp, min_top1_agreement, max_embedding_drift}",
         ) from None
-    return Tolerance(min(own.max_abs_dp, most.max_abs_dp), max(own.min_top1_agreement, most.min_top1_agreement))
+    return Tolerance(
+        min(own.max_abs_dp, most.max_abs_dp),
+        max(own.min_top1_agreement, most.min_top1_agreement),
+        min(own.max_embedding_drift, most.max_embedding_drift),
+    )
 
 
 def stated(parity: Parity) -> dict[str, float]:
     """The tolerance that a bundle should state (lineage["tolerance"]) after this was measured where it was made.
 
-    Twice the difference that was found, and one probe in sixteen more; never more than the precision's own.
+    Twice the differences that were found, and one probe in sixteen more; never more than the precision's own.
     """
-    most = TOLERANCES[parity.precision]
+    most, least = TOLERANCES[parity.precision], TOLERANCES["fp32"]
+    dp, drift = MARGIN * parity.max_abs_dp, MARGIN * (parity.embedding_drift or 0.0)
     return {
-        "max_abs_dp": round(min(most.max_abs_dp, max(MARGIN * parity.max_abs_dp, TOLERANCES["fp32"].max_abs_dp)), 6),
+        "max_abs_dp": round(min(most.max_abs_dp, max(dp, least.max_abs_dp)), 6),
         "min_top1_agreement": round(max(most.min_top1_agreement, parity.top1_agreement - 1 / 16), 6),
+        "max_embedding_drift": round(min(most.max_embedding_drift, max(drift, least.max_embedding_drift)), 6),
     }
 
 
@@ -134,8 +154,7 @@ def prove(bundle: ModelBundle, images_u8_nhwc: Uint8 | None = None) -> bytes:
     data = make_probes(bundle, images_u8_nhwc)
     probes = parse_probes(bundle, data)
     if ONNX in bundle.files and probes.reference["runtime"] != "onnx" and RUNTIMES["onnx"].is_installed:
-        runtime = resolve(RUNTIMES, "onnx", what="runtime")(bundle, threads=1)
-        refuse(bundle, compare(bundle, runtime, probes, TOLERANCES["fp32"]))
+        refuse(bundle, compare(bundle, _compile(bundle, "onnx", 1, "cpu"), probes, TOLERANCES["fp32"]))
     return data
 
 
@@ -164,16 +183,23 @@ def check_parity(
         CapabilityError, ConfigError: The engine cannot be had.
     """
     if isinstance(runtime, str):
-        runtime = resolve(RUNTIMES, runtime, what="runtime")(bundle, threads=threads, device=device)
-    assert not isinstance(runtime, str)
+        runtime = _compile(bundle, runtime, threads, device)
     probes = read_probes(bundle) or ask(bundle, generated_images(bundle.image_spec))
     return compare(bundle, runtime, probes, tolerance or tolerance_of(bundle, runtime.precision))
+
+
+def _compile(bundle: ModelBundle, name: str, threads: int, device: str) -> Runtime:
+    """An engine that gives all that the bundle has."""
+    kind = resolve(RUNTIMES, name, what="runtime")
+    made: Runtime = kind(bundle, threads=threads, device=device, wants_embedding=bundle.embedding_dim is not None)
+    return made
 
 
 def compare(bundle: ModelBundle, runtime: Runtime, probes: Probes, tolerance: Tolerance) -> Parity:
     """The figures of a compiled engine against a probe set."""
     with np.errstate(all="ignore"):  # what is not a number is an answer too: the figures say it
-        found = to_probabilities(runtime.run(probes.images_u8_nhwc).logits, bundle.output)
+        outputs = runtime.run(probes.images_u8_nhwc)
+        found = to_probabilities(outputs.logits, bundle.output)
     wanted = to_probabilities(probes.logits, bundle.output)
     rows = np.arange(len(wanted))
     lead = wanted.max(axis=1) - wanted[rows, found.argmax(axis=1)]
@@ -185,8 +211,15 @@ def compare(bundle: ModelBundle, runtime: Runtime, probes: Probes, tolerance: To
         num_probes=len(probes),
         max_abs_dp=float(np.abs(found - wanted).max()),
         top1_agreement=float((lead <= TIE).mean()),
+        embedding_drift=_drift(outputs.embedding, probes.embedding),
         tolerance=tolerance,
     )
+
+
+def _drift(found: Float32 | None, wanted: Float32 | None) -> float | None:
+    if found is None or wanted is None:
+        return None
+    return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
 
 
 def refuse(bundle: ModelBundle, parity: Parity) -> None:
@@ -197,21 +230,24 @@ def refuse(bundle: ModelBundle, parity: Parity) -> None:
     """
     if not parity.is_passed:
         allowed = parity.tolerance
+        drift = "" if parity.embedding_drift is None else f", the embedding is off by {parity.embedding_drift:.3g}"
         raise ArtifactError(
             f"{bundle.name} fails its probe set on {parity.engine} {parity.version} ({parity.precision}, "
             f"{parity.device}): max |dp| {parity.max_abs_dp:.3g}, top-1 agrees on {parity.top1_agreement:.1%} of "
-            f"{parity.num_probes} images",
-            expected=f"max |dp| <= {allowed.max_abs_dp:g} and top-1 on >= {allowed.min_top1_agreement:.0%}",
+            f"{parity.num_probes} images{drift}",
+            expected=f"max |dp| <= {allowed.max_abs_dp:g}, top-1 on >= {allowed.min_top1_agreement:.0%}, "
+            f"the embedding within {allowed.max_embedding_drift:g}",
             fix="ask for another --runtime, or another version of this engine; if all fail, make the bundle again",
         )
 
 
-def require_parity(bundle: ModelBundle, runtime: Runtime) -> Parity | None:
+def require_parity(bundle: ModelBundle, runtime: Runtime, *, wants_embedding: bool = False) -> Parity | None:
     """The gate at load: asks the probe set unless this bundle passed on this engine and machine before.
 
     Args:
         bundle: One without a probe set, made before there were any, is let through.
         runtime: Compiled from the bundle.
+        wants_embedding: Whether it gives the embedding too: another pass to remember.
 
     Returns:
         The figures; None when nothing had to be asked.
@@ -221,7 +257,7 @@ def require_parity(bundle: ModelBundle, runtime: Runtime) -> Parity | None:
     """
     if PROBES not in bundle.files:
         return None
-    key = _key(bundle, runtime)
+    key = {**_key(bundle, runtime), "embedding": wants_embedding}
     if recall(MEMORY, key).get("is_passed") is True:
         return None
     parity = check_parity(bundle, runtime)
@@ -241,6 +277,7 @@ def _key(bundle: ModelBundle, runtime: Runtime) -> Mapping[str, Any]:
         "image_spec": bundle.image_spec.digest,
         "tolerance": asdict(tolerance_of(bundle, runtime.precision)),
         "engine": [runtime.name, runtime.version, runtime.device, runtime.precision],
+        "build": getattr(runtime, "build_sha256", ""),  # of a TensorRT engine: another build is asked again
         "processor": processor(),
         "graphics": graphics() if runtime.device == "cuda" else {},
     }

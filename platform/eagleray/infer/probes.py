@@ -1,9 +1,10 @@
 """The probe set: a few images that travel with a bundle, and the answers that every engine must give for them.
 
-``probes.safetensors`` holds ``images`` (uint8 N,H,W,3, at the bundle's input size, as its ImageSpec gives them) and
-``logits`` (float32 N,C) of the FP32 model by the reference runtime; its metadata holds the SHA-256 of each image and
-says which runtime that was. A bundle that is made of another one (quantised, certified) keeps the set of its parent, so
-that what it is held to stays the FP32 model. The set is no part of the model: model_digest does not change with it.
+``probes.safetensors`` holds ``images`` (uint8 N,H,W,3, at the bundle's input size, as its ImageSpec gives them), and
+``logits`` (float32 N,C) and ``embedding`` (float32 N,D, where the bundle gives one) of the FP32 model by the reference
+runtime; its metadata holds the SHA-256 of each image and says which runtime that was. A bundle that is made of another
+one (quantised, certified) keeps the set of its parent, so that what it is held to stays the FP32 model. The set is no
+part of the model: model_digest does not change with it.
 
 Example:
     >>> save_bundle(out, draft, weights, probes=make_probes)
@@ -28,7 +29,7 @@ from eagleray.vision.images import ImageSpec
 
 SCHEMA = 1
 NUM_PROBES = 16
-IMAGES, LOGITS, ABOUT = "images", "logits", "eagleray"
+IMAGES, LOGITS, EMBEDDING, ABOUT = "images", "logits", "embedding", "eagleray"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Probes:
     Attributes:
         images_u8_nhwc: uint8, shape (N, H, W, 3), in the colour order of the bundle's ImageSpec.
         logits: float32, shape (N, C): the model's first output for them.
+        embedding: float32, shape (N, D); None where the bundle gives none. Of a backbone without classes it is all.
         reference: Name, version and device of the runtime that gave them.
         digests: SHA-256 of each image's bytes, in hex.
     """
 
     images_u8_nhwc: Uint8
     logits: Float32
+    embedding: Float32 | None = None
     reference: Mapping[str, str] = field(default_factory=dict)
     digests: tuple[str, ...] = ()
 
@@ -67,6 +70,8 @@ def make_probes(bundle: ModelBundle, images_u8_nhwc: Uint8 | None = None) -> byt
     probes = ask(bundle, generated_images(bundle.image_spec) if images_u8_nhwc is None else images_u8_nhwc)
     about = {"schema": SCHEMA, "reference": dict(probes.reference), "sha256": list(probes.digests)}
     tensors = {IMAGES: probes.images_u8_nhwc, LOGITS: probes.logits}
+    if probes.embedding is not None:
+        tensors[EMBEDDING] = probes.embedding
     return bytes(save(tensors, metadata={ABOUT: json.dumps(about, sort_keys=True)}))
 
 
@@ -81,17 +86,21 @@ def ask(bundle: ModelBundle, images_u8_nhwc: Uint8) -> Probes:
         import torch
 
         name, threads = "torch", torch.get_num_threads()  # it is one setting of the process: left as it is
-    runtime = resolve(RUNTIMES, name, what="runtime")(bundle, threads=threads)
+    runtime = resolve(RUNTIMES, name, what="runtime")(
+        bundle, threads=threads, wants_embedding=bundle.embedding_dim is not None
+    )
     images = np.ascontiguousarray(images_u8_nhwc)
-    logits = np.ascontiguousarray(runtime.run(images).logits)
-    if not np.isfinite(logits).all():
+    outputs = runtime.run(images)
+    logits = np.ascontiguousarray(outputs.logits)
+    embedding = None if outputs.embedding is None else np.ascontiguousarray(outputs.embedding)
+    if not np.isfinite(logits).all() or (embedding is not None and not np.isfinite(embedding).all()):
         raise ArtifactError(
             f"the model of {bundle.name} gives values that are not finite for its probe set",
             expected="finite outputs for every picture",
             fix="train or import the model again",
         )
     reference = {"runtime": runtime.name, "version": runtime.version, "device": runtime.device}
-    return Probes(images, logits, reference, _digests(images))
+    return Probes(images, logits, embedding, reference, _digests(images))
 
 
 def read_probes(bundle: ModelBundle) -> Probes | None:
@@ -110,7 +119,7 @@ def parse_probes(bundle: ModelBundle, data: bytes) -> Probes:
 
     try:
         tensors = load(data)
-        images, logits = tensors[IMAGES], tensors[LOGITS]
+        images, logits, embedding = tensors[IMAGES], tensors[LOGITS], tensors.get(EMBEDDING)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # where safetensors keeps metadata
         about = json.loads(header["__metadata__"][ABOUT])
         schema, digests = int(about["schema"]), tuple(map(str, about["sha256"]))
@@ -125,9 +134,15 @@ def parse_probes(bundle: ModelBundle, data: bytes) -> Probes:
         raise _unfit(bundle, f"its images are {images.dtype} {images.shape}")
     if logits.dtype != np.float32 or logits.shape != (len(images), len(bundle.labels)) or not np.isfinite(logits).all():
         raise _unfit(bundle, f"its logits are {logits.dtype} {logits.shape}")
+    if embedding is not None and (
+        embedding.dtype != np.float32
+        or embedding.shape != (len(images), bundle.embedding_dim)
+        or not np.isfinite(embedding).all()
+    ):
+        raise _unfit(bundle, f"its embedding is {embedding.dtype} {embedding.shape}")
     if digests != _digests(images):
         raise _unfit(bundle, "an image is not the one that its digest says")
-    return Probes(images, logits, reference, digests)
+    return Probes(images, logits, embedding, reference, digests)
 
 
 def _unfit(bundle: ModelBundle, seen: str) -> ArtifactError:

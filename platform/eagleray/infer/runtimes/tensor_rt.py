@@ -80,7 +80,7 @@ class TensorRt:
         log = make_log(library)
         self._library_runtime = library.module.Runtime(log)
         built = provide(library, onnx, key)
-        self.size_bytes = len(built)
+        self.size_bytes, self.build_sha256 = len(built), sha256_bytes(built)
         engine: Engine | None = self._library_runtime.deserialize_cuda_engine(built)
         if engine is None:
             reason = log.errors[-1] if log.errors else "no reason given"
