@@ -227,3 +227,14 @@ def test_the_model_digest_follows_what_decides_the_scores(tmp_path: Path) -> Non
     assert len(digests | {base.model_digest}) == 5
     same = replace(DRAFT, lineage={}, policy=None)
     assert save_bundle(tmp_path / "same", same, WEIGHTS).model_digest == base.model_digest
+
+
+def test_precision_stands_in_the_head_only_where_it_is_not_fp32(tmp_path: Path) -> None:
+    """The head of an fp32 bundle is what it was before there was a precision: its digest holds."""
+    assert "precision" not in DRAFT.to_json()
+    half = save_bundle(tmp_path / "half", replace(DRAFT, precision="fp16"), {"model.onnx": b"typed"})
+    assert load_bundle(half.path).precision == "fp16"
+    with pytest.raises(ArtifactError, match="weights of another model"):
+        save_bundle(tmp_path / "both", replace(DRAFT, precision="int8"), WEIGHTS)
+    with pytest.raises(ArtifactError, match="precision 'int4' is none of"):
+        replace(DRAFT, precision="int4")  # type: ignore[arg-type]

@@ -193,7 +193,7 @@ def test_the_search_leaves_float_what_it_must_and_no_more(nets: dict[str, ModelB
 def test_a_search_that_cannot_meet_the_budget_says_so(nets: dict[str, ModelBundle]) -> None:
     answers = iter([0.9] + [0.5] * 50)
     settings = QuantizationSettings(max_evaluations=4)
-    with pytest.raises(KpiNotMet, match="40.00 points at best"):
+    with pytest.raises(KpiNotMet, match=r"40\.00 points at best"):
         quantize(nets["test_resnet"], _batches(_pixels(8)), evaluate=lambda _: next(answers), settings=settings)
     assert sum(1 for _ in answers) == 51 - 4
 
