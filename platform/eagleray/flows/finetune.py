@@ -1,9 +1,10 @@
 """Fine-tune a classifier on the labels of a corpus, from a bundle of ours or a timm model.
 
-``full`` trains all of it, step by step, in this process or on Ray Train. ``linear`` and ``head`` train the last layer
-alone: the frozen backbone runs once over the corpus, through the scoring path, and what is left takes seconds: ``head``
-solves it exactly (logistic regression, its penalty chosen by cross-validation), ``linear`` steps through it with the
-losses and balances of ``full``.
+``full`` trains all of it, step by step, in this process or on Ray Train; the accuracy on images set aside may be
+measured every epoch (``validate_on``, ``validate_share``) and the best weights kept (``keep=best``; else the last).
+``linear`` and ``head`` train the last layer alone: the frozen backbone runs once over the corpus, through the scoring
+path, and what is left takes seconds: ``head`` solves it exactly (logistic regression, its penalty chosen by
+cross-validation), ``linear`` steps through it with the losses and balances of ``full``.
 
 With a ``teacher``, ``full`` distils: the model learns from what another bundle says of the same pixels too, and from
 images without a label (learn/distillation.py).
