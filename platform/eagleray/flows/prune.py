@@ -5,7 +5,7 @@ for other probabilities. Nothing is trained here: `eagleray finetune --from OUT`
 
 Example:
     >>> run(PruneConfig(model="bundles/trash", out="bundles/trash-70", ratio=0.3))["macs_after"]
-    270127616
+    87747712
 """
 
 from __future__ import annotations

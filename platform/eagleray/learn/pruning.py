@@ -14,9 +14,9 @@ Source: Fang et al. 2023, DepGraph. Magnitude: Li et al. 2017. BN scale: Liu et 
 Molchanov et al. 2019, equation 8.
 
 Example:
-    >>> pruned = prune(model, ratio=0.3, example_x=torch.zeros(1, 3, 224, 224))
+    >>> pruned = prune(model, ratio=0.3, example_x=torch.zeros(1, 3, 128, 128))
     >>> pruned.macs_before, pruned.macs_after, backbones.saved_args(pruned.model)["channels"]["conv_stem"]
-    (384869120, 270127616, [24, 3, 1])
+    (125365248, 87747712, [24, 3, 1])
 """
 
 from __future__ import annotations
