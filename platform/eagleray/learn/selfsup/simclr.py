@@ -60,7 +60,7 @@ class SimCLR(nn.Module):  # type: ignore[misc]
         """The loss of two views; each is its own batch for the norms, as in lightly's examples.
 
         The authors' code takes both as one batch: then the running averages, with which the finished backbone sees,
-        move half as often. After 100 steps no difference in kNN was seen either way (docs/log.md).
+        move half as often. Which is better is not known: after 100 and 150 steps the intervals include 0.
 
         Args:
             batch: With ``views``: two float tensors (N, 3, H, W).
