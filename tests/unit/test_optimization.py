@@ -50,7 +50,11 @@ def test_the_optimizer_is_torchs_without_decay_on_norms_and_biases(name: str) ->
         {"params": [one for one in model.parameters() if one.ndim > 1], "weight_decay": 0.1},
         {"params": [one for one in model.parameters() if one.ndim <= 1], "weight_decay": 0.0},
     ]
-    oracle = torch.optim.AdamW(groups, lr=0.01, fused=True) if name == "adamw" else torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    oracle = (
+        torch.optim.AdamW(groups, lr=0.01, fused=True)
+        if name == "adamw"
+        else torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    )
     for ours, torchs in zip(made(settings), steps(model, oracle), strict=True):
         assert torch.equal(ours, torchs)
 
