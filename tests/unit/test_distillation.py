@@ -309,6 +309,13 @@ def config(corpus: str, out: Path, **more: Any) -> finetune.FinetuneConfig:
     return load(finetune.FinetuneConfig, overrides={**fixed, "corpus": corpus, "out": str(out), **more})
 
 
+def test_a_student_is_validated_while_it_is_taught(corpus: str, teacher_bundle: ModelBundle, tmp_path: Path) -> None:
+    told = config(corpus, tmp_path / "small", teacher=str(teacher_bundle.path), validate_share=0.3, keep="best")
+    said = finetune.run(told, is_quiet=True)
+    rows = read_lines(Path(said["run"]) / "metrics.jsonl")
+    assert len([row for row in rows if "val_accuracy" in row["figures"]]) == 2, "once an epoch"
+
+
 @pytest.mark.parametrize("cache_teacher", [False, True])
 def test_a_run_with_a_teacher_uses_all_images_and_names_it(
     corpus: str, teacher_bundle: ModelBundle, tmp_path: Path, cache_teacher: bool

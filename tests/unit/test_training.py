@@ -218,11 +218,11 @@ class Hungry(Student):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 def test_memory_that_a_step_has_freed_is_used_again_and_given_back_at_the_end() -> None:
-    """Counted, not timed: pages of 4 KiB that the system had to hand out for 64 MiB, and what stays resident."""
+    """Counted, not timed: pages of 4 KiB that the system had to hand out for 128 MiB, and what stays resident."""
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(2**24).fill_(1.0)
+        torch.empty(2**25).fill_(1.0)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     process, cpu, usual = psutil.Process(), torch.device("cpu"), min(faults() for _ in range(8))
@@ -230,8 +230,9 @@ def test_memory_that_a_step_has_freed_is_used_again_and_given_back_at_the_end() 
         kept = min(faults() for _ in range(8))  # a block comes to a place that fits after a few
         held = process.memory_info().rss
     assert usual > 8 * kept
-    assert process.memory_info().rss < held - 48 * 2**20
-    assert min(faults() for _ in range(8)) > 8 * kept
+    assert (
+        process.memory_info().rss < held - 96 * 2**20
+    )  # not counted again: a hole in the heap may serve what comes after
 
 
 def test_a_batch_too_large_for_the_memory_is_refused_with_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

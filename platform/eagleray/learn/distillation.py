@@ -122,6 +122,10 @@ class DistillationTask(nn.Module):  # type: ignore[misc]
         groups = self.student.parameter_groups()
         return groups if self.projector is None else [*groups, {"params": list(self.projector.parameters())}]
 
+    def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The student's, float (N, C), of a batch as it is: what a validation measures."""
+        return self.student.logits(batch)
+
     def training_step(self, batch: Mapping[str, torch.Tensor], progress: Progress) -> StepOutput:
         """The loss of a batch; logs the share right of the labelled, and how often student and teacher agree."""
         student, settings = self.student, self.settings
