@@ -21,6 +21,7 @@ NOT_RUN = {
     "make demo": "minutes long and needs Ray: CI runs it as its own step (tests/journeys runs the same flow)",
     "make test": "it is what runs this test",
     "s3://bucket": "a bucket and a cluster of the reader's",
+    "eagleray release": "minutes long on real images; tests/unit/test_release_flow.py runs it on small ones",
     "ray job submit": "a cluster of the reader's; tests/journeys submits the same job to a local one",
 }
 

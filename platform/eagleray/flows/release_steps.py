@@ -34,7 +34,6 @@ from eagleray.vision.bundle import (
 
 if TYPE_CHECKING:
     from eagleray.flows.finetune import FinetuneConfig
-    from eagleray.infer.parity import Parity
 
 BUNDLE = "bundle"
 
@@ -196,19 +195,17 @@ def _saved(ask: Ask, bundle: ModelBundle, data: bytes, precision: str, told: Map
         trial = save_bundle(Path(folder) / "trial", draft, {ONNX: data}, probes=probes)
         engines = candidates(trial, ask.config.device)
         seen = [check_parity(trial, name, threads=1, device=ask.config.device) for name in engines]
-    tolerance = _widest([stated(parity) for parity in seen], seen)
+    tolerance = _widest([stated(parity) for parity in seen])
     lineage = {**draft.lineage, "tolerance": tolerance}
     return save_bundle(ask.home / BUNDLE, replace(draft, lineage=lineage), {ONNX: data}, probes=probes)
 
 
-def _widest(tolerances: list[dict[str, float]], seen: list[Parity]) -> dict[str, float]:
+def _widest(tolerances: list[dict[str, float]]) -> dict[str, float]:
     """What every engine here needs."""
     if not tolerances:
         raise ArtifactError("no engine here runs the new graph", expected="onnx or openvino", fix="install one of them")
-    return {
-        "max_abs_dp": max(tolerance["max_abs_dp"] for tolerance in tolerances),
-        "min_top1_agreement": min(tolerance["min_top1_agreement"] for tolerance in tolerances),
-    }
+    widest = {"max": max, "min": min}  # as each name begins
+    return {name: widest[name[:3]](one[name] for one in tolerances) for name in tolerances[0]}
 
 
 def _draft(bundle: ModelBundle, *, precision: str, lineage: Mapping[str, Any] | None = None) -> ModelBundle:

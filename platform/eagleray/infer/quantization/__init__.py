@@ -80,10 +80,12 @@ class Work:
 
     def rank(self) -> dict[str, float]:
         """What each layer does alone."""
-        return rank(
-            self.model, self.open_layers, self.ranges, self.pixels, self.bundle.image_spec, self.settings,
-            is_reduced=self.is_reduced,
-        )  # fmt: skip
+        spec, settings = self.bundle.image_spec, self.settings
+
+        def alone(name: str) -> Any:
+            return place(self.model, [name], self.ranges, settings, is_reduced=self.is_reduced)
+
+        return rank(self.model, self.open_layers, alone, pixels=self.pixels, spec=spec, threads=settings.threads)
 
 
 def quantize(

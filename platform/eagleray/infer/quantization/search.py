@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from eagleray.core.errors import KpiNotMet
-from eagleray.infer.quantization.calibration import Pixels, Range, Session
+from eagleray.infer.quantization.calibration import Pixels, Session
 from eagleray.infer.quantization.graph import Layer
-from eagleray.infer.quantization.placement import place
 from eagleray.infer.quantization.settings import QuantizationSettings, Step
 from eagleray.infer.runtimes import Float32
 from eagleray.vision.images import ImageSpec
@@ -138,20 +137,24 @@ class _Trial:
 def rank(
     model: Any,
     layers: Sequence[Layer],
-    ranges: Mapping[str, Range],
+    alone: Callable[[str], Any],
+    *,
     pixels: Pixels,
     spec: ImageSpec,
-    settings: QuantizationSettings,
-    *,
-    is_reduced: bool,
+    threads: int,
 ) -> dict[str, float]:
-    """Signal to noise of the logits, in dB, with each layer alone in 8 bits; lower is more sensitive."""
-    reference = _logits(model, pixels, spec, settings)
-    found = {}
-    for layer in layers:
-        alone = place(model, [layer.name], ranges, settings, is_reduced=is_reduced)
-        found[layer.name] = sqnr_db(reference, _logits(alone, pixels, spec, settings))
-    return found
+    """Signal to noise of the logits, in dB, with each layer alone in 8 bits; lower is more sensitive.
+
+    Args:
+        model: The float graph.
+        layers: Those to rank.
+        alone: Gives the graph with only the layer of this name in 8 bits.
+        pixels: What it is asked.
+        spec: The bundle's preprocessing.
+        threads: Of the engine.
+    """
+    reference = _logits(model, pixels, spec, threads)
+    return {layer.name: sqnr_db(reference, _logits(alone(layer.name), pixels, spec, threads)) for layer in layers}
 
 
 def sqnr_db(reference: Float32, found: Float32) -> float:
@@ -163,8 +166,8 @@ def sqnr_db(reference: Float32, found: Float32) -> float:
     return float(10 * np.log10(signal / noise))
 
 
-def _logits(model: Any, pixels: Pixels, spec: ImageSpec, settings: QuantizationSettings) -> Float32:
-    session = Session(model, [LOGITS], spec, threads=settings.threads)
+def _logits(model: Any, pixels: Pixels, spec: ImageSpec, threads: int) -> Float32:
+    session = Session(model, [LOGITS], spec, threads=threads)
     return np.concatenate([values[LOGITS] for values in session.run(pixels.kept)])
 
 
