@@ -49,6 +49,8 @@ def test_spread_is_one_on_the_sphere_and_zero_at_a_point() -> None:
     assert float(embedding_spread(normalize(torch.ones(9, D), dim=1))) == pytest.approx(0, abs=1e-6)
 
 
+# To both sides of the mean and far from it: what lies near it points anywhere once it has length one
+LINE = torch.tensor([(-1.0) ** number * (1 + number) for number in range(N)])[:, None] * torch.ones(1, D)
 LOG_K = math.log(256)
 HEALTHY = {"teacher_entropy": 0.8 * LOG_K, "teacher_marginal_entropy": 0.9 * LOG_K, "teacher_student_kl": 0.1}
 
@@ -57,7 +59,7 @@ HEALTHY = {"teacher_entropy": 0.8 * LOG_K, "teacher_marginal_entropy": 0.9 * LOG
     ("embedding", "logs", "finding"),
     [
         (rows(scale=0.01) + 1, {}, "features lie close to one point"),
-        (torch.randn(N, 1) * torch.ones(1, D) * 3 + rows(scale=0.001), {}, "features lie along one line"),
+        (LINE + rows(scale=0.001), {}, "features lie along one line"),
         (rows(), {"projection_spread": 0.04}, "projections lie close to one point"),
         (rows(), {**HEALTHY, "teacher_marginal_entropy": 0.001}, "one output of the teacher takes all"),
         (rows(), {**HEALTHY, "teacher_entropy": LOG_K * 0.9999}, "all outputs of the teacher are alike"),
