@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -264,7 +265,7 @@ def test_auto_measures_again_for_other_threads_engines_or_models(
         tmp_path / "other", replace(bundle, labels=bundle.labels[::-1]), {"model.onnx": tiny_model / "model.onnx"}
     )
     measure.choose_runtime(other, threads=1)
-    monkeypatch.setattr(measure, "processor", lambda: {"model": "another", "flags": ""})
+    monkeypatch.setattr(measure.processor, "identity", lambda: {"model": "another", "flags": ""})
     measure.choose_runtime(bundle, threads=1)
     assert len(measured) == 4
 
@@ -273,7 +274,7 @@ def test_auto_measures_again_for_other_threads_engines_or_models(
 def test_a_broken_memory_is_measured_anew(tiny_model: Path, measured: list[dict[str, Any]], text: str) -> None:
     bundle = load_bundle(tiny_model)
     measure.choose_runtime(bundle, threads=1)
-    (path,) = Path(measure.os.environ["EAGLERAY_CACHE"]).rglob("*.json")
+    (path,) = Path(os.environ["EAGLERAY_CACHE"]).rglob("*.json")
     path.write_text(text)
     assert not measure.choose_runtime(bundle, threads=1).is_remembered
 
@@ -324,7 +325,7 @@ def test_predicting_imports_neither_torch_nor_ray(tiny_model: Path, tmp_path: Pa
         [sys.executable, "-c", program, str(tiny_model), str(tmp_path / "photo.jpg")],
         capture_output=True,
         check=True,
-        env={**measure.os.environ, "PYTHONPATH": measure.os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     label, at_import, after = json.loads(done.stdout)
     assert label

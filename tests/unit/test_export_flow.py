@@ -19,7 +19,7 @@ from eagleray.infer.classifier import Classifier
 from eagleray.infer.engine_check import EngineCheck, check_engine
 from eagleray.infer.export import seal_onnx
 from eagleray.infer.parity import prove
-from eagleray.infer.runtimes import cuda_driver
+from eagleray.infer.runtimes import cuda_driver, engine_process
 from eagleray.vision.bundle import ONNX, PROBES, ModelBundle, load_bundle, save_bundle
 from eagleray.vision.images import normalize
 from eagleray.vision.onnx_graph import adapt, parse
@@ -262,6 +262,6 @@ def test_an_engine_that_cannot_run_says_why(bundle: ModelBundle, monkeypatch: py
     assert "does not run on cuda" in check_engine(bundle, "openvino", device="cuda").reason
     monkeypatch.setattr(engine_check, "TIMEOUT_S", 0.01)
     assert "no answer within" in check_engine(bundle, "onnx").reason
-    monkeypatch.setattr(engine_check.sys, "executable", "/bin/false")
+    monkeypatch.setattr(engine_process.sys, "executable", "/bin/false")
     monkeypatch.setattr(engine_check, "TIMEOUT_S", 10.0)
     assert "its process ended with code 1" in check_engine(bundle, "onnx").reason

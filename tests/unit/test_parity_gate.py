@@ -230,7 +230,7 @@ def test_a_pass_is_remembered_for_this_bundle_engine_version_and_processor(
     other = _with_probes(proved, tmp_path / "other", make_probes(proved, generated_images(proved.image_spec, seed=9)))
     assert [asked(other), asked(other)] == [True, False]
     with monkeypatch.context() as patch:
-        patch.setattr(parity, "processor", lambda: {"model": "another", "flags": ""})
+        patch.setattr(parity.processor, "identity", lambda: {"model": "another", "flags": ""})
         assert asked(proved)
     with monkeypatch.context() as patch:
         patch.setattr(parity, "__version__", "99")

@@ -1,7 +1,7 @@
 """What this machine's processor can do: its vector units, by the names that engines and people use.
 
-One place, for ``doctor`` (which tells) and for quantisation (which chooses by it). Read from /proc/cpuinfo; where that
-cannot be read, nothing is claimed.
+One place, for ``doctor`` (which tells), for quantisation (which chooses by it) and for what is remembered of this
+machine. Read from /proc/cpuinfo; where that cannot be read, nothing is claimed.
 
 Example:
     >>> "VNNI" in features(flags())
@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import platform
 import re
 from pathlib import Path
 
@@ -29,13 +30,23 @@ def flags(cpuinfo: str | None = None) -> frozenset[str]:
     Args:
         cpuinfo: The text of /proc/cpuinfo; None reads it.
     """
-    if cpuinfo is None:
-        try:
-            cpuinfo = CPUINFO.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return frozenset()
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", _read() if cpuinfo is None else cpuinfo, re.MULTILINE)
     return frozenset(line[1].split()) if line else frozenset()
+
+
+def identity() -> dict[str, str]:
+    """The processor's model and its flags, as one machine tells itself from another."""
+    text = _read()
+    model = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
+    named = model[1].strip() if model else platform.processor() or platform.machine()
+    return {"model": named, "flags": " ".join(sorted(flags(text)))}
+
+
+def _read() -> str:
+    try:
+        return CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def features(of: frozenset[str]) -> tuple[str, ...]:

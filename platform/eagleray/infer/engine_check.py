@@ -10,9 +10,6 @@ Example:
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,13 +18,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from eagleray.core.errors import EagleError
-from eagleray.core.tables import resolve
+from eagleray.core.errors import CapabilityError
 from eagleray.infer.parity import check_parity
 from eagleray.infer.runtimes import CHUNK, RUNTIMES, Runtime, Uint8
-from eagleray.infer.runtimes.measure import CUDA_BATCH, images_per_second
-from eagleray.vision.bundle import ModelBundle, load_bundle
+from eagleray.infer.runtimes.engine_process import EngineProcess, serve
+from eagleray.infer.runtimes.measure import CUDA_BATCH, images_per_second, random_pixels
+from eagleray.vision.bundle import ModelBundle
 
+MODULE = "eagleray.infer.engine_check"
 TIMEOUT_S = 300.0  # a TensorRT engine of a large model is built meanwhile
 WARM_RUNS, LEAST_RUNS, LATENCY_S, RATE_S = 3, 20, 1.0, 1.0
 
@@ -84,43 +82,23 @@ def check_engine(bundle: ModelBundle, name: str, *, threads: int = 1, device: st
     Returns:
         The figures; with a reason in their place when the engine does not run here.
     """
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-        "OMP_NUM_THREADS": str(threads),
-    }
-    command = [sys.executable, "-m", "eagleray.infer.engine_check"]
-    command += [str(bundle.path.resolve()), name, str(threads), device]
     empty = EngineCheck(engine=name, version=RUNTIMES[name].version, device=device)
-    try:
-        done = subprocess.run(command, capture_output=True, env=environment, timeout=TIMEOUT_S, check=False)
-        found = json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return replace(empty, reason=f"no answer within {TIMEOUT_S:.0f} s")
-    except (ValueError, IndexError):
-        return replace(empty, reason=f"its process ended with code {done.returncode}")
-    return replace(empty, **found)
+    with EngineProcess(MODULE, bundle, name, threads=threads, device=device, timeout_s=TIMEOUT_S) as process:
+        try:
+            return replace(empty, **process.ask({}))
+        except CapabilityError as error:
+            return replace(empty, reason=error.seen)
 
 
-def main(arguments: Sequence[str], stdout: IO[str]) -> int:
-    """BUNDLE NAME THREADS DEVICE: one line of JSON on stdout."""
-    path, name, threads, device = arguments
-    try:
-        found = _measure(load_bundle(path), name, threads=int(threads), device=device)
-    except EagleError as error:
-        found = {"reason": error.seen}
-    stdout.write(json.dumps(found) + "\n")
-    return 0
+def main(arguments: Sequence[str], stdin: IO[str], stdout: IO[str]) -> int:
+    """A probe: asked for anything, it answers with the figures."""
+    return serve(arguments, stdin, stdout, ready=lambda *held: lambda _: _measure(*held))
 
 
-def _measure(bundle: ModelBundle, name: str, *, threads: int, device: str) -> dict[str, Any]:
-    kind = resolve(RUNTIMES, name, what="runtime")
-    start = time.perf_counter()
-    runtime: Runtime = kind(bundle, threads=threads, device=device)
-    start_s = time.perf_counter() - start
+def _measure(bundle: ModelBundle, runtime: Runtime, start_s: float) -> dict[str, Any]:
     parity = check_parity(bundle, runtime).to_json()
-    batch = CHUNK if device == "cpu" else CUDA_BATCH
-    shape = (batch, bundle.image_spec.height, bundle.image_spec.width, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    batch = CHUNK if runtime.device == "cpu" else CUDA_BATCH
+    pixels = random_pixels(bundle, batch)
     p50, p95 = np.percentile(_latencies_ms(runtime, pixels[:1]), [50, 95])
     return {
         "precision": runtime.precision,
@@ -146,4 +124,4 @@ def _latencies_ms(runtime: Runtime, image_u8_nhwc: Uint8) -> list[float]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:], sys.stdout))
+    raise SystemExit(main(sys.argv[1:], sys.stdin, sys.stdout))

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from eagleray import __version__
+from eagleray.core import processor
 from eagleray.core.errors import ArtifactError
 from eagleray.core.tables import resolve
 from eagleray.infer.probabilities import to_probabilities
 from eagleray.infer.probes import Probes, ask, generated_images, make_probes, parse_probes, read_probes
 from eagleray.infer.runtimes import RUNTIMES, Float32, Runtime, Uint8
-from eagleray.infer.runtimes.memory import graphics, processor, recall, remember
+from eagleray.infer.runtimes.memory import graphics, recall, remember
 from eagleray.vision.bundle import ONNX, PROBES, ModelBundle
 
 MEMORY = "parity"
@@ -278,6 +279,6 @@ def _key(bundle: ModelBundle, runtime: Runtime) -> Mapping[str, Any]:
         "tolerance": asdict(tolerance_of(bundle, runtime.precision)),
         "engine": [runtime.name, runtime.version, runtime.device, runtime.precision],
         "build": getattr(runtime, "build_sha256", ""),  # of a TensorRT engine: another build is asked again
-        "processor": processor(),
+        "processor": processor.identity(),
         "graphics": graphics() if runtime.device == "cuda" else {},
     }

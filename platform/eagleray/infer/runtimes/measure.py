@@ -14,12 +14,8 @@ Example:
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +23,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from eagleray.core.errors import CapabilityError, EagleError
-from eagleray.core.tables import installed, resolve
+from eagleray.core import processor
+from eagleray.core.errors import CapabilityError
+from eagleray.core.tables import installed
 from eagleray.infer.runtimes import CHUNK, RUNTIMES, Runtime, Uint8
-from eagleray.infer.runtimes.memory import processor, recall, remember
-from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle, load_bundle
+from eagleray.infer.runtimes.engine_process import Answer, EngineProcess, serve
+from eagleray.infer.runtimes.memory import recall, remember
+from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle
 
+MODULE = "eagleray.infer.runtimes.measure"
 MEMORY = "runtimes"
 SCHEMA = 1  # of the remembered answer: a new one forgets the old
 ROUNDS = 4
@@ -116,84 +115,46 @@ def _measure(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Images a second of each runtime, median over rounds in turn; and why the others could not be measured."""
     with contextlib.ExitStack() as stack:
-        probes = {name: stack.enter_context(_Probe(bundle, name, threads=threads, device=device)) for name in names}
+        probes = {
+            name: stack.enter_context(
+                EngineProcess(MODULE, bundle, name, threads=threads, device=device, timeout_s=TIMEOUT_S)
+            )
+            for name in names
+        }
+
+        def rate(name: str, seconds: float) -> float:
+            return float(probes[name].ask({"seconds": seconds})["images_per_s"])
+
         failed: dict[str, str] = {}
         rates: dict[str, list[float]] = {}
         for name in names:  # the first turn: until it is compiled, and one batch
             try:
-                rates[name] = [probes[name].ask(0.0)]
+                rates[name] = [rate(name, 0.0)]
             except CapabilityError as error:
                 failed[name] = error.seen
-        best = max((rate for (rate,) in rates.values()), default=0.0)
-        near = [name for name, (rate,) in rates.items() if rate >= FAR_BEHIND * best]
+        best = max((first for (first,) in rates.values()), default=0.0)
+        near = [name for name, (first,) in rates.items() if first >= FAR_BEHIND * best]
         for _ in range(ROUNDS):
             for name in near:
-                rates[name].append(probes[name].ask(ROUND_S))
+                rates[name].append(rate(name, ROUND_S))
     return {name: statistics.median(found[1:] or found) for name, found in rates.items()}, failed
 
 
-class _Probe:
-    """A process that holds one compiled runtime and measures it when asked."""
-
-    def __init__(self, bundle: ModelBundle, name: str, *, threads: int, device: str) -> None:
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-            "OMP_NUM_THREADS": str(threads),
-        }
-        command = [sys.executable, "-m", "eagleray.infer.runtimes.measure"]
-        command += [str(bundle.path.resolve()), name, str(threads), device]
-        self._name = name
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
-
-    def __enter__(self) -> _Probe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, seconds: float) -> float:
-        """Images a second over so many seconds.
-
-        Raises:
-            CapabilityError: The runtime does not run here, or does not answer in time.
-        """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None  # noqa: PT018  both are pipes
-        watch = threading.Timer(TIMEOUT_S, self._process.kill)
-        watch.start()
-        try:
-            stdin.write(f"{seconds}\n".encode())
-            stdin.flush()
-            answer = json.loads(stdout.readline())
-        except (OSError, ValueError):
-            raise CapabilityError(f"{self._name} ended with code {self._process.wait(10)}, or took too long") from None
-        finally:
-            watch.cancel()
-        if "error" in answer:
-            raise CapabilityError(str(answer["error"]))
-        return float(answer["images_per_second"])
-
-
 def main(arguments: Sequence[str], stdin: IO[str], stdout: IO[str]) -> int:
-    """A probe: BUNDLE NAME THREADS DEVICE; for each line of seconds on stdin, one line of JSON on stdout."""
-    path, name, threads, device = arguments
-    try:
-        bundle = load_bundle(path)
-        runtime = resolve(RUNTIMES, name, what="runtime")(bundle, threads=int(threads), device=device)
-        size = CHUNK if device == "cpu" else CUDA_BATCH
-        shape = (size, bundle.image_spec.height, bundle.image_spec.width, 3)
-        batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    """A probe: asked for so many ``seconds``, it answers ``images_per_s``."""
+
+    def ready(bundle: ModelBundle, runtime: Runtime, _: float) -> Answer:
+        batch = random_pixels(bundle, CHUNK if runtime.device == "cpu" else CUDA_BATCH)
         runtime.run(batch)
-        for line in stdin:
-            stdout.write(json.dumps({"images_per_second": images_per_second(runtime, batch, float(line))}) + "\n")
-            stdout.flush()
-    except EagleError as error:
-        stdout.write(json.dumps({"error": error.seen}) + "\n")
-        stdout.flush()
-    return 0
+        return lambda request: {"images_per_s": images_per_second(runtime, batch, float(request["seconds"]))}
+
+    return serve(arguments, stdin, stdout, ready=ready)
+
+
+def random_pixels(bundle: ModelBundle, num_images: int) -> Uint8:
+    """uint8 (N, H, W, 3), the same each time: the time of these models does not depend on what is seen."""
+    shape = (num_images, bundle.image_spec.height, bundle.image_spec.width, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def images_per_second(runtime: Runtime, batch_u8_nhwc: Uint8, seconds: float) -> float:
@@ -219,7 +180,7 @@ def _key(bundle: ModelBundle, names: Sequence[str], *, threads: int, device: str
         "schema": SCHEMA,
         "model": bundle.model_digest,
         "image_spec": bundle.image_spec.digest,
-        "processor": processor(),
+        "processor": processor.identity(),
         "threads": threads,
         "device": device,
         "versions": {name: RUNTIMES[name].version for name in names},

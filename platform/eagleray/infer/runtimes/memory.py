@@ -4,14 +4,13 @@ They lie under EAGLERAY_CACHE or ~/.cache/eagleray, a folder a kind. A memory is
 or written is done without.
 
 Example:
-    >>> remember("runtimes", {"model": digest, "processor": processor()}, {"measured": {"onnx": 63.0}})
+    >>> remember("runtimes", {"model": digest, "processor": processor.identity()}, {"measured": {"onnx": 63.0}})
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,20 +43,6 @@ def remember(kind: str, key: Mapping[str, Any], value: Mapping[str, Any]) -> Non
 
 def _path(kind: str, key: Mapping[str, Any]) -> Path:
     return cache_folder(kind) / f"{digest_json(dict(key))[:32]}.json"
-
-
-def processor() -> dict[str, str]:
-    """The processor's model and its flags, as one machine tells itself from another."""
-    found = {"model": platform.processor() or platform.machine(), "flags": ""}
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                found["model"] = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                found["flags"] = " ".join(sorted(value.split()))
-                break
-    return found
 
 
 def graphics() -> dict[str, Any]:

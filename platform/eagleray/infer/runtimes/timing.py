@@ -12,11 +12,7 @@ Example:
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,11 +20,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from eagleray.core.errors import CapabilityError, EagleError
-from eagleray.core.tables import resolve
-from eagleray.infer.runtimes import RUNTIMES, Runtime
-from eagleray.vision.bundle import ModelBundle, load_bundle
+from eagleray.core.errors import CapabilityError
+from eagleray.infer.runtimes import Runtime
+from eagleray.infer.runtimes.engine_process import Answer, EngineProcess, serve
+from eagleray.infer.runtimes.measure import random_pixels
+from eagleray.vision.bundle import ModelBundle
 
+MODULE = "eagleray.infer.runtimes.timing"
 BATCHES = (1, 8, 32)
 TIMEOUT_S = 300.0  # for importing an engine, compiling (TensorRT takes a minute), and a few batches
 FEWEST = 3  # runs of a batch in a turn
@@ -105,9 +103,13 @@ def time_engines(subjects: Mapping[str, tuple[ModelBundle, str]], settings: Timi
     found: dict[str, Timing] = {}
     samples: dict[str, dict[int, list[float]]] = {}
     with contextlib.ExitStack() as stack:
-        probes: dict[str, _Probe] = {}
+        probes: dict[str, EngineProcess] = {}
         for name, (bundle, engine) in subjects.items():
-            probe = stack.enter_context(_Probe(bundle, engine, settings))
+            probe = stack.enter_context(
+                EngineProcess(
+                    MODULE, bundle, engine, threads=settings.threads, device=settings.device, timeout_s=TIMEOUT_S
+                )
+            )
             try:
                 about = probe.ask({"batch": 1, "seconds": 0.0})
                 for size in settings.batches:
@@ -121,7 +123,8 @@ def time_engines(subjects: Mapping[str, tuple[ModelBundle, str]], settings: Timi
         for _ in range(settings.rounds):
             for size in settings.batches:
                 for name, probe in probes.items():
-                    samples[name][size] += probe.ask({"batch": size, "seconds": settings.turn_s})["seconds"]
+                    answer = probe.ask({"batch": size, "seconds": settings.turn_s})
+                    samples[name][size] += answer["seconds"]
     return {name: _filled(timing, samples[name]) if name in samples else timing for name, timing in found.items()}
 
 
@@ -135,75 +138,19 @@ def _filled(timing: Timing, samples: Mapping[int, Sequence[float]]) -> Timing:
     return Timing(**{**asdict(timing), **figures, "best_batch": best, "rates": rates})
 
 
-class _Probe:
-    """A process that holds one compiled engine and times batches when asked."""
+def main(arguments: Sequence[str], stdin: IO[str], stdout: IO[str]) -> int:
+    """A probe: asked for a ``batch`` and so many ``seconds``, it answers the ``seconds`` of each run."""
 
-    def __init__(self, bundle: ModelBundle, engine: str, settings: TimingSettings) -> None:
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-            "OMP_NUM_THREADS": str(settings.threads),
-        }
-        command = [sys.executable, "-m", "eagleray.infer.runtimes.timing"]
-        command += [str(bundle.path.resolve()), engine, str(settings.threads), settings.device]
-        self._name = engine
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
+    def ready(bundle: ModelBundle, runtime: Runtime, compile_s: float) -> Answer:
+        about = {"version": runtime.version, "precision": runtime.precision, "compile_s": round(compile_s, 3)}
 
-    def __enter__(self) -> _Probe:
-        return self
+        def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+            pixels = random_pixels(bundle, int(request["batch"]))
+            return {**about, "seconds": _seconds(runtime, pixels, float(request["seconds"]))}
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one request.
-
-        Raises:
-            CapabilityError: The engine does not run here, or does not answer in time.
-        """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None  # noqa: PT018  both are pipes
-        watch = threading.Timer(TIMEOUT_S, self._process.kill)
-        watch.start()
-        try:
-            stdin.write((json.dumps(request) + "\n").encode())
-            stdin.flush()
-            answer: dict[str, Any] = json.loads(stdout.readline())
-        except (OSError, ValueError):
-            raise CapabilityError(f"{self._name} ended with code {self._process.wait(10)}, or took too long") from None
-        finally:
-            watch.cancel()
-        if "error" in answer:
-            raise CapabilityError(str(answer["error"]))
         return answer
 
-
-def main(arguments: Sequence[str], stdin: IO[str], stdout: IO[str]) -> int:
-    """A probe: BUNDLE ENGINE THREADS DEVICE; a request a line on stdin, an answer a line on stdout, both JSON."""
-    path, engine, threads, device = arguments
-
-    def say(answer: Mapping[str, Any]) -> None:
-        stdout.write(json.dumps(answer) + "\n")
-        stdout.flush()
-
-    try:
-        bundle = load_bundle(path)
-        start = time.perf_counter()
-        runtime = resolve(RUNTIMES, engine, what="runtime")(bundle, threads=int(threads), device=device)
-        about = {"version": runtime.version, "precision": runtime.precision}
-        about["compile_s"] = round(time.perf_counter() - start, 3)
-        spec = bundle.image_spec
-        generator = np.random.default_rng(0)
-        for line in stdin:
-            request = json.loads(line)
-            shape = (int(request["batch"]), spec.height, spec.width, 3)
-            batch = generator.integers(0, 256, shape, dtype=np.uint8)
-            say({**about, "seconds": _seconds(runtime, batch, float(request["seconds"]))})
-    except EagleError as error:
-        say({"error": error.seen})
-    return 0
+    return serve(arguments, stdin, stdout, ready=ready)
 
 
 def _seconds(runtime: Runtime, batch: Any, seconds: float) -> list[float]:
