@@ -118,10 +118,28 @@ def test_what_is_wrong_is_said(corpus: str, divided: str, tmp_path: Path) -> Non
         finetune.run(finetuning(corpus, tmp_path / "o", keep="best"), is_quiet=True)
     with pytest.raises(DataError, match="no image is in the split 'vale'; did you mean val"):
         finetune.run(finetuning(divided, tmp_path / "o", validate_on="vale"), is_quiet=True)
-    with pytest.raises(DataError, match="to train and to validate on the split 'train'"):
+    with pytest.raises(DataError, match="trains on 'train' and is to validate on 'train'"):
         finetune.run(finetuning(divided, tmp_path / "o", validate_on="train"), is_quiet=True)
     with pytest.raises(ConfigError, match="mode=head has no epochs"):
         load(finetune.FinetuneConfig, overrides={
             "corpus": "c", "out": "o", "parent": "lite0", "mode": "head", "validate_share": 0.1,
         })  # fmt: skip
+    with pytest.raises(ConfigError, match="give one of them"):
+        load(
+            finetune.FinetuneConfig,
+            overrides={"corpus": "c", "out": "o", "parent": "x", "validate_on": "val", "validate_share": 0.1},
+        )
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("labels", "num_validated"), [(("",), 0), (("a",), 6)])
+def test_a_val_split_without_labels_or_of_one_class_stops_no_run(
+    pictures: Path, tmp_path: Path, labels: tuple[str, ...], num_validated: int
+) -> None:
+    paths = sorted(pictures.rglob("*.png"))
+    rows = [{"uri": str(path), "label": path.parent.name, "split": "train"} for path in paths[6:]]
+    rows += [{"uri": str(path), "label": labels[0], "split": "val"} for path in paths[:6]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ingest.run(ingest.IngestConfig(sources=(str(tmp_path / "rows.jsonl"),), out=str(tmp_path / "c")))
+    validation = select(finetuning(str(tmp_path / "c"), tmp_path / "o"))[0].validation
+    assert (0 if validation is None else len(validation)) == num_validated

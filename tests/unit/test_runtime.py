@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from eagleray.flows.runtime import _first_fault, tasks
+from eagleray.flows.runtime import first_fault, tasks
 
 LONG = """\x1b[36mray::MapWorker(Map(RayWorker)).submit()\x1b[39m (pid=8899, ip=127.0.0.1)
   File "/x/worker.py", line 4, in <module>
@@ -28,8 +28,8 @@ To change retry attempts, backoff, or which errors are retried, configure the co
         ("", "RuntimeError"),
     ],
 )
-def test_the_first_fault_is_told_and_not_the_advice_after_it(text: str, said: str) -> None:
-    assert _first_fault(RuntimeError(text)) == said
+def test_thefirst_fault_is_told_and_not_the_advice_after_it(text: str, said: str) -> None:
+    assert first_fault(RuntimeError(text)) == said
 
 
 @pytest.mark.parametrize("num_units", [0, 1, 3, 8, 40, 1000])

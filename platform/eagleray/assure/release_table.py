@@ -65,7 +65,7 @@ class StepRow:
         agreement: Share of images with the parent's answer.
         recalls: Change of each class's recall, by label id.
         model_bytes, parameters, macs: Of the model; None where they cannot be counted.
-        engine, precision_run: That the figures below are of.
+        engine: That the figures below are of.
         latency_ms_p50, latency_ms_p95: At batch 1.
         images_per_s, best_batch: At the best batch.
         speedup: Images a second over the parent's on its own best engine, measured in turns with it.

@@ -32,7 +32,7 @@ from eagleray.flows.finetune_start import (
     start,
     work_key,
 )
-from eagleray.flows.training_config import feed_settings, held_cores, train_settings
+from eagleray.flows.training_config import feed_settings, train_settings
 
 if TYPE_CHECKING:
     from eagleray.flows.training_data import Chosen
@@ -143,7 +143,7 @@ def make_validation(config: FinetuneConfig, chosen: Chosen, point: StartingPoint
         every_epochs=config.validate_every_epochs,
         keeps_best=config.keep == "best",
         batch_size=min(VALIDATION_BATCH, config.batch_size),
-        num_threads=held_cores(config),
+        num_threads=feed_settings(config, keeps_last=True).num_threads,
     )
 
 

@@ -118,6 +118,10 @@ class FinetuneConfig(TrainingConfig):
         asks = self.validate_share or self.keep == "best" or self.validate_on not in (AUTO, "")
         if self.mode != "full" and asks:
             raise ValueError(f"mode={self.mode} has no epochs: validate_on, validate_share and keep=best are of full")
+        if self.validate_share and self.validate_on not in (AUTO, ""):
+            raise ValueError(
+                "validate_on names a split and validate_share asks for a piece: give one of them"
+            )
         return self
 
 
@@ -127,7 +131,7 @@ def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
     Raises:
         DataError: As ``run`` says.
     """
-    from eagleray.learn.classification import check_labels
+    from eagleray.learn.classification import check_labels, check_one_label
 
     chosen = choose(config, labels=_kept_labels(config), needs_classes=True, is_allowed=config.allow_missing)
     if config.mode == "full":
@@ -147,7 +151,7 @@ def select(config: FinetuneConfig) -> tuple[Chosen, tuple[str, ...]]:
             fix="give distill.use_unlabelled=false, or balance=weights",
         )
     if chosen.validation is not None:
-        check_labels(chosen.validation, is_multi_label=config.is_multi_label)
+        check_one_label(chosen.validation, is_multi_label=config.is_multi_label)
         notes = (*notes, f"validated on {len(chosen.validation):,} images: {chosen.validated_on}")
     return dataclasses.replace(chosen, index=index), (*chosen.notes, *notes)
 

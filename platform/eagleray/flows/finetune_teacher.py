@@ -1,14 +1,16 @@
 """The teacher of a distillation: checked, asked once an image where its answers are cached, and put before the task.
 
 Example:
-    >>> teaching = open_teaching(config, point.labels, is_multi_label=False)
-    >>> task = taught(config, task, teaching)
+    >>> bundle = open_teacher(config, index.labels)
+    >>> task = taught(config, task, bundle, index.labels)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from eagleray.core.errors import ConfigError
 from eagleray.flows import finetune_start, score
@@ -76,7 +78,7 @@ def with_answers(config: FinetuneConfig, transform: Transform, chosen: Chosen) -
 
 
 def ask(run: Run, config: FinetuneConfig, *, is_quiet: bool, is_live: bool | None) -> None:
-    """Asks a cached teacher of every image of the split, by the scoring path: what it has said is not asked again."""
+    """Asks a cached teacher of every image that is trained on, by the scoring path; never twice of one."""
     if config.teacher is None or not config.distill.cache_teacher:
         return
     chosen, _ = finetune_start.select(config)
@@ -84,7 +86,8 @@ def ask(run: Run, config: FinetuneConfig, *, is_quiet: bool, is_live: bool | Non
         run, config, model=config.teacher, folder=ANSWERS, top_k=len(chosen.index.labels),
         embeddings=config.distill.feature_weight > 0,
     )  # fmt: skip
-    said = score.run(asked, selection=Selection(chosen.splits.mask(chosen.split)), is_quiet=is_quiet, is_live=is_live)
+    trained_on = np.isin(chosen.everything.keys, chosen.index.keys)
+    said = score.run(asked, selection=Selection(trained_on), is_quiet=is_quiet, is_live=is_live)
     run.where.update(said["where"])
 
 

@@ -262,13 +262,13 @@ def map_on_ray(
                     yield reply
     except RayError as error:
         raise ClusterError(
-            f"Ray lost the run: {_first_fault(error)}",
+            f"Ray lost the run: {first_fault(error)}",
             expected="workers that start and stay",
             fix="run the same command again: it resumes; `ray status` shows what the cluster has",
         ) from error
 
 
-def _first_fault(error: Exception) -> str:
+def first_fault(error: BaseException) -> str:
     """The line of Ray's long text that names what happened first; its last lines speak of retries."""
     lines = [line for line in str(error).strip().splitlines() if line and not line[0].isspace()]
     named = [line for line in lines if _FAULT.match(line) and not line.startswith("ray.exceptions.UserCode")]

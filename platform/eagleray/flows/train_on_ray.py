@@ -179,10 +179,8 @@ def _lost(error: BaseException, folder: RunFolder, spec: Spec) -> BaseException:
     kept = folder.get_error(spec.attempt)
     if kept:
         return rebuild_error(kept)
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    said = lines[-1].strip()[:200] if lines else type(error).__name__
     if isinstance(error, TrainingFailedError):
-        return Lost(f"Ray Train gave the workers up ({said})")
+        return Lost(f"Ray Train gave the workers up ({runtime.first_fault(error)[:200]})")
     if isinstance(error, RayError):
         return Lost(f"Ray Train's controller died ({type(error).__name__})")
     return error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagleray.core.errors import DataError
 from eagleray.flows.training_config import AUTO, TrainingConfig
+from eagleray.vision import splits as vision_splits
 from eagleray.vision.corpus import open_corpus
 from eagleray.vision.pieces import piece
 from eagleray.vision.splits import ALL, Splits, assign, check_classes, check_leaks, read_index
@@ -37,6 +38,8 @@ class Chosen:
         splits: Of the whole corpus.
         split: The name of what was chosen.
         counts: Split name to label id to images.
+        everything: Every image of the corpus, in class order of ``index``.
+        whole: The same with the labels and columns that splits go by.
         notes: What a person should know.
         validation: Images that are not trained on but measured while the run goes on; None: there are none.
         validated_on: What they are: a split's name, or in words.
@@ -47,6 +50,8 @@ class Chosen:
     splits: Splits
     split: str
     counts: Mapping[str, Mapping[str, int]]
+    everything: CorpusIndex
+    whole: vision_splits.CorpusIndex
     notes: tuple[str, ...] = ()
     validation: CorpusIndex | None = None
     validated_on: str = ""
@@ -100,13 +105,13 @@ def choose(
     if needs_classes:
         missing = check_classes(splits, whole.labels, name, is_allowed=is_allowed)
         notes += [f"no training image of {len(missing):,} classes: {', '.join(missing[:5])}"] if missing else []
-    index = build_index(corpus, labels=labels).subset(mask)
+    everything = build_index(corpus, labels=labels)
     table = splits.class_counts(whole.labels)
     counts = {
         split: dict(zip(whole.labels.names, table[:, at].tolist(), strict=True))
         for at, split in enumerate(splits.names)
     }
-    return Chosen(corpus, index, splits, name, counts, tuple(notes))
+    return Chosen(corpus, everything.subset(mask), splits, name, counts, everything, whole, tuple(notes))
 
 
 def with_validation(config: TrainingConfig, chosen: Chosen, *, split: str, share: float) -> Chosen:
@@ -115,40 +120,39 @@ def with_validation(config: TrainingConfig, chosen: Chosen, *, split: str, share
     Args:
         config: The run's.
         chosen: What ``choose`` gave for it, images without labels too.
-        split: A split's name; ``auto``: ``val`` where the corpus has one and no share is given; empty: none.
+        split: A split's name; ``auto``: ``val`` where one with labels is there and no share is given; empty: none.
         share: Of the images that would be trained on, in place of a split; 0: none.
 
     Raises:
         DataError: The split is not there, is the one that is trained on, or has no label; the piece is empty.
     """
-    from eagleray.learn.corpus_index import build_index
-
+    is_labelled = chosen.whole.labels.per_image > 0
     name = split
     if name == AUTO:
-        there = [one for one in VALIDATIONS if chosen.splits.counts.get(one) and chosen.split not in (one, ALL)]
+        others = [one for one in VALIDATIONS if chosen.splits.counts.get(one) and chosen.split not in (one, ALL)]
+        there = [one for one in others if (chosen.splits.mask(one) & is_labelled).any()]
         name = there[0] if there and not share else ""
     if not (name or share):
         return chosen
-    whole, labels = read_index(chosen.corpus, config.splits), chosen.index.labels
-    is_labelled = whole.labels.per_image > 0
-    everything = build_index(chosen.corpus, labels=labels)
     if name:
         if chosen.split in {name, ALL}:
             raise DataError(
-                f"the run is to train and to validate on the split {name!r}",
+                f"the run trains on {chosen.split!r} and is to validate on {name!r}",
                 expected="two splits, or a share of one",
-                fix="name another with validate=, or give validate_share=0.1",
+                fix="name another with validate_on=, or give validate_share=0.1",
             )
         held, told = chosen.splits.mask(name) & is_labelled, name
     else:
         mask = chosen.splits.mask(chosen.split)
-        held, told = piece(whole, chosen.splits, mask & is_labelled, share), f"{share:.0%} of {chosen.split!r}"
-        chosen = replace(chosen, index=everything.subset(mask & ~held))
+        held, told = piece(chosen.whole, chosen.splits, mask & is_labelled, share), f"{share:.0%} of {chosen.split!r}"
+        chosen = replace(chosen, index=chosen.everything.subset(mask & ~held))
     if not held.any():
         raise DataError(
-            f"no image with a label to validate on: {told}", expected="one at least", fix="give a larger share"
+            f"no image with a label to validate on: {told}",
+            expected="one at least",
+            fix="name another split with validate_on=" if name else "give a larger validate_share",
         )
-    return replace(chosen, validation=everything.subset(held), validated_on=told)
+    return replace(chosen, validation=chosen.everything.subset(held), validated_on=told)
 
 
 def counts_in_words(chosen: Chosen) -> str:

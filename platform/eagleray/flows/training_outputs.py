@@ -68,7 +68,7 @@ def final_state(run: Run, work: Work) -> tuple[Mapping[str, Any], dict[str, Any]
         empty where nothing was validated.
 
     Raises:
-        ArtifactError: The last checkpoint is not there or not whole.
+        ArtifactError: The last checkpoint, or the best that was asked for, is not there or not whole.
     """
     from eagleray.learn.checkpoints import load_best, load_latest
 
@@ -80,7 +80,13 @@ def final_state(run: Run, work: Work) -> tuple[Mapping[str, Any], dict[str, Any]
             fix="run the same command again: it does what is missing",
         )
     if work.keeps_best_by:
-        found = load_best(run.folder.checkpoints, work.keeps_best_by, config=work.key) or found
+        found = load_best(run.folder.checkpoints, work.keeps_best_by, config=work.key)
+        if found is None:
+            raise ArtifactError(
+                f"no checkpoint in {run.folder.checkpoints} says its {work.keeps_best_by}",
+                expected="that of the best step",
+                fix="give keep=last, or train again in another folder",
+            )
     checkpoint, state = found.checkpoint, found.checkpoint.state
     weights: Mapping[str, Any] = state["ema"]["state"] if "ema" in state else state["model"]
     if work.validation is None:

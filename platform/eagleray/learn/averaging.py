@@ -66,7 +66,8 @@ def as_kept(module: nn.Module, average: Average | None) -> Iterator[None]:
 
     Afterwards it is as it was, bit for bit.
     """
-    own = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    is_another = average is not None or parallel.world_size() > 1  # else the weights are those already
+    own = {name: value.detach().clone() for name, value in module.state_dict().items()} if is_another else {}
     if average is not None:
         module.load_state_dict(average.state)
     parallel.share_buffers(module)
@@ -75,5 +76,6 @@ def as_kept(module: nn.Module, average: Average | None) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        module.load_state_dict(own)
+        if is_another:
+            module.load_state_dict(own)
         module.train()

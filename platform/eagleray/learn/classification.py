@@ -199,13 +199,7 @@ def check_labels(
         raise DataError(
             f"{index.root} has no labels", expected="class folders, or a label column", fix="ingest with labels"
         )
-    several = int((counts > 1).sum())
-    if several and not is_multi_label:
-        raise DataError(
-            f"{several:,} of {len(index):,} images have several labels",
-            expected="one label an image",
-            fix="give is_multi_label=true",
-        )
+    check_one_label(index, is_multi_label=is_multi_label)
     present = [label for label, count in zip(index.labels, index.class_counts, strict=True) if count]
     if len(present) < 2 and not is_multi_label:
         raise DataError(
@@ -219,6 +213,21 @@ def check_labels(
     if absent:
         notes.append(f"no training image of {len(absent)} classes: {', '.join(absent[:5])}")
     return index if keeps_unlabelled else index.subset(counts > 0), tuple(notes)
+
+
+def check_one_label(index: CorpusIndex, *, is_multi_label: bool) -> None:
+    """Refuses images of several labels where an image is of one class.
+
+    Raises:
+        DataError: How many there are.
+    """
+    several = int((index.num_targets > 1).sum())
+    if several and not is_multi_label:
+        raise DataError(
+            f"{several:,} of {len(index):,} images have several labels",
+            expected="one label an image",
+            fix="give is_multi_label=true",
+        )
 
 
 def check_split(name: str, index: CorpusIndex, labels: Sequence[str]) -> None:

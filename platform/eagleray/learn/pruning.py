@@ -42,7 +42,7 @@ from eagleray.vision.widths import CHANNELS, differences
 MOST_RATIO = 0.95  # of the channels of a layer, and of the multiply-adds: beyond it there is no model left to fine-tune
 FAR = 0.1  # of all multiply-adds: what misses the ratio by more is not what was asked for
 SEARCH_STEPS = 8  # halvings of the share of channels: 0.4 %, below one step of eight of a thousand channels
-NEAR = 0.005  # of all multiply-adds: what is nearer to the ratio than this is not searched for any further
+NEAR = 0.005  # of those asked for: what is nearer to them than this is not searched for any further
 INSTALL = "pip install 'eagleray[prune]'"
 EXPECTED = "an architecture of convolutions, linear layers, norms and timm's attention"
 OTHERS = "prune a ResNet, an EfficientNet, a MobileNet or a plain ViT; or keep the layers that are named"

@@ -282,7 +282,8 @@ class _Loop:
         if self.hooks.on_step is not None:
             self.hooks.on_step(self.progress, output)
         self.meter.add(batch.num_images, votes.loss / parallel.world_size(), lr, output.logs)
-        is_news = not votes.stops and self._validate()  # one that is to stop has no time: it does when it goes on
+        is_end = self.progress.step == self.progress.num_steps
+        is_news = (is_end or not votes.stops) and self._validate()  # before the end, one that stops does it on resuming
         if votes.reports or is_news:
             self._report()
         self._checkpoint(is_due=bool(votes.saves or votes.stops))
