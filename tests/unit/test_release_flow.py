@@ -95,6 +95,38 @@ def stopped(corpus: Path, parent: Path, tmp_path_factory: pytest.TempPathFactory
     return Stopped(asked, caught.value)
 
 
+def test_a_step_is_made_anew_when_what_it_depends_on_is_another(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    def told(**changes: Any) -> list[Any]:
+        return [dict(step.settings) for step in steps(config(corpus, parent, tmp_path / "b2", **changes))]
+
+    assert told(distill_to="test_resnet") != told(distill_to="test_vit")
+    assert told(distill_to=str(parent)) != told(distill_to="test_resnet")
+    assert told(precision="int8") != told(precision="int8", split="val")  # it decides which images choose the layers
+    with pytest.raises(ValueError, match="not among the engines that are timed"):
+        config(corpus, parent, tmp_path / "b2", target="openvino")
+
+
+def test_a_target_alone_is_judged_like_any_step(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    said = quiet(config(corpus, parent, tmp_path / "b2", target="onnx"))
+    assert [row["name"] for row in said["rows"]] == ["parent", "on onnx"]
+    gates = {gate["name"]: gate["is_passed"] for gate in said["rows"][1]["gates"]}
+    assert gates["parity"]
+    assert len(gates) > 1
+    assert said["rows"][1]["change"]["value"] == 0
+
+
+def test_int8_is_made_gated_and_published(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    said = quiet(config(corpus, parent, tmp_path / "b2", precision="int8", target="onnx", calibration_images=24))
+    assert [row["name"] for row in said["rows"]] == ["parent", "int8", "on onnx"]
+    assert said["rows"][2]["gates"] == said["rows"][1]["gates"]  # the same model on the same engine
+    bundle = load_bundle(tmp_path / "b2")
+    assert (bundle.precision, bundle.policy) == ("int8", None)
+    assert set(bundle.lineage["tolerance"]) == {"max_abs_dp", "min_top1_agreement", "max_embedding_drift"}
+    assert (
+        quiet(config(corpus, parent, tmp_path / "b2", precision="int8", target="onnx", calibration_images=24)) == said
+    )
+
+
 def test_a_gate_that_fails_publishes_nothing_and_what_was_made_is_kept(stopped: Stopped) -> None:
     root = stopped.config.root
     assert str(root) in stopped.error.fix

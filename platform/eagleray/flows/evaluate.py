@@ -90,14 +90,18 @@ def run(config: EvaluateConfig, *, is_quiet: bool = False, is_live: bool | None 
         ArtifactError: The bundle or the corpus does not hold.
         CapabilityError, StorageError, ClusterError, RunIncomplete: As in ``score``.
     """
+    return run_on(resolve(config), is_quiet=is_quiet, is_live=is_live)
+
+
+def run_on(subject: Subject, *, is_quiet: bool = False, is_live: bool | None = None) -> dict[str, Any]:
+    """``run`` for a subject that is resolved already."""
     from eagleray.flows import evaluate_outputs
 
     note: Note = _silent if is_quiet else _say
-    subject = resolve(config)
     for sentence in subject.warnings:
         note(f"warning: {sentence}")
     _refuse_foreign(subject.root)
-    root = storage.make_folder(config.out)
+    root = storage.make_folder(subject.config.out)
     with storage.only_writer(root / ".lock", what=str(root)):
         score_images(subject, is_quiet=is_quiet, is_live=is_live)
         key = evaluate_outputs.key(subject)

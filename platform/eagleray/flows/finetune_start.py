@@ -119,9 +119,7 @@ class FinetuneConfig(TrainingConfig):
         if self.mode != "full" and asks:
             raise ValueError(f"mode={self.mode} has no epochs: validate_on, validate_share and keep=best are of full")
         if self.validate_share and self.validate_on not in (AUTO, ""):
-            raise ValueError(
-                "validate_on names a split and validate_share asks for a piece: give one of them"
-            )
+            raise ValueError("validate_on names a split and validate_share asks for a piece: give one of them")
         return self
 
 

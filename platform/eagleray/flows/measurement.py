@@ -14,7 +14,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -27,27 +26,21 @@ from eagleray.infer.runtimes.timing import Timing, TimingSettings, time_engines
 from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle
 from eagleray.vision.images import ImageRefused, ImageSpec, decode
 
-MOST_DECODED = 64  # images that decoding is timed on
-
 
 @dataclass(frozen=True)
 class Measurement:
     """What one bundle takes.
 
     Attributes:
-        model_digest: Of the bundle.
         model_bytes: Of the file that is deployed: model.onnx, or the weights where there is none.
         parameters, macs: Of its graph; None for a bundle without one.
         timings: One an engine that is installed and can run it.
-        precision: The bundle's arithmetic.
     """
 
-    model_digest: str
     model_bytes: int
     parameters: int | None
     macs: int | None
     timings: tuple[Timing, ...]
-    precision: str = "fp32"
 
     @property
     def best(self) -> Timing:
@@ -66,35 +59,42 @@ class Measurement:
         return max(able, key=lambda timing: timing.images_per_s)
 
     def of(self, engine: str | None) -> Timing:
-        """The Timing of an engine; the best for None, and where that engine could not run."""
-        return next((t for t in self.timings if t.engine == engine and not t.failed), None) or self.best
+        """The Timing of an engine; the best for None.
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**vars(self), "timings": [timing.to_json() for timing in self.timings]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Measurement:
-        """What to_json wrote."""
-        return cls(**{**value, "timings": tuple(Timing.from_json(row) for row in value["timings"])})
+        Raises:
+            CapabilityError: It was not timed, or could not run.
+        """
+        if engine is None:
+            return self.best
+        found = next((timing for timing in self.timings if timing.engine == engine), None)
+        if found is None or found.failed:
+            raise CapabilityError(
+                f"{engine} gave no figures: {found.failed if found else 'it was not timed'}",
+                expected="an engine that runs the bundle here",
+                fix="name another target, or run the release on a machine that it is for",
+            )
+        return found
 
 
 def measure(
-    bundles: Mapping[str, ModelBundle], settings: TimingSettings | None = None, *, engines: Sequence[str] = ()
+    bundles: Mapping[str, ModelBundle],
+    settings: TimingSettings | None = None,
+    *,
+    engines: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Measurement]:
     """Measures bundles together.
 
     Args:
         bundles: By name.
         settings: Of the timing.
-        engines: Only these; empty: every installed one that can run the bundle.
+        engines: By bundle, only these; empty: every installed one that can run it.
     """
-    chosen = settings or TimingSettings()
+    chosen, only = settings or TimingSettings(), engines or {}
     subjects = {
         f"{name}\0{engine}": (bundle, engine)
         for name, bundle in bundles.items()
         for engine in candidates(bundle, chosen.device)
-        if not engines or engine in engines
+        if not only.get(name) or engine in only[name]
     }
     timed = time_engines(subjects, chosen)
     return {
@@ -112,8 +112,7 @@ def _measurement(bundle: ModelBundle, timings: Sequence[Timing]) -> Measurement:
         except EagleError:  # a foreign graph of odd operators runs all the same: its counts are left out
             pass
     weights = bundle.path / (ONNX if ONNX in bundle.files else SAFETENSORS)
-    precision = getattr(bundle, "precision", "fp32")
-    return Measurement(bundle.model_digest, weights.stat().st_size, parameters, macs, tuple(timings), precision)
+    return Measurement(weights.stat().st_size, parameters, macs, tuple(timings))
 
 
 def decode_seconds(images: Sequence[bytes], spec: ImageSpec) -> float:
@@ -124,7 +123,7 @@ def decode_seconds(images: Sequence[bytes], spec: ImageSpec) -> float:
         spec: What the model wants.
     """
     found: list[float] = []
-    for data in images[:MOST_DECODED]:
+    for data in images:
         start = time.perf_counter()
         try:
             decode(data, spec)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eagleray.assure.release_table import Gate, StepRow
 from eagleray.core import storage
@@ -28,10 +28,15 @@ from eagleray.core.errors import ConfigError, DataError, EagleError, KpiNotMet
 from eagleray.flows import release_outputs
 from eagleray.flows.release_judgement import Bench
 from eagleray.flows.release_plan import ReleaseConfig, Step, steps
-from eagleray.flows.release_steps import STEPS, Ask, check, publish
+from eagleray.flows.release_steps import BUNDLE, STEPS, Ask, check, publish
 from eagleray.vision.bootstrap import Estimate
 from eagleray.vision.bundle import HEAD, ModelBundle, load_bundle
 from eagleray.vision.corpus import open_corpus
+
+if TYPE_CHECKING:
+    from eagleray.flows.certify import CertifyConfig
+    from eagleray.vision.evidence import Evidence
+    from eagleray.vision.prediction import ThresholdPolicy
 
 __all__ = ["ReleaseConfig", "run"]
 
@@ -121,7 +126,7 @@ def _work(
         name="parent", what="as it was given", model_digest=parent.model_digest, architecture=parent.architecture,
         precision="fp32", accuracy=Estimate(None),
     )  # fmt: skip
-    rows = [_judged(bench, parent, blank, judged_by, (home, home))]
+    rows = [_judged(bench, parent, blank, judged_by, home, None)]
     note(release_outputs.line(rows[0]))
     bundle, chain = parent, digest_json([SCHEMA, parent.model_digest, open_corpus(config.corpus).digest])
     for number, step in enumerate(asked, 1):
@@ -135,12 +140,14 @@ def _work(
             gate = Gate(step.title, False, error.seen, error.expected)
             release_outputs.write(config, key, parent, [*rows[:-1], rows[-1].with_gates(gate)], ())
             raise
-        home = home if bundle is before else place
+        if bundle is before and len(rows) > 1:  # the same model on the same engine: its row holds
+            rows.append(replace(rows[-1], name=step.title, what=step.what, seconds=seconds))
+            continue
         blank = StepRow(
             name=step.title, what=step.what, model_digest=bundle.model_digest, architecture=bundle.architecture,
             precision="fp32", accuracy=Estimate(None), seconds=seconds,
         )  # fmt: skip
-        rows.append(_judged(bench, bundle, blank, digest_json([judged_by, chain]), (home, place)))
+        rows.append(_judged(bench, bundle, blank, digest_json([judged_by, chain]), place, rows[0]))
         note(release_outputs.line(rows[-1]))
         if not rows[-1].is_passed:
             break
@@ -152,26 +159,25 @@ def _make(ask: Ask, bundle: ModelBundle, key: str) -> tuple[ModelBundle, float]:
     there = _read(ask.home / MADE)
     if there.get("key") == key:
         is_same = there["model_digest"] == bundle.model_digest
-        return (bundle if is_same else load_bundle(there["bundle"])), float(there["seconds"])
+        return (bundle if is_same else load_bundle(ask.home / BUNDLE)), float(there["seconds"])
     if there:  # of another parent, corpus or setting
         shutil.rmtree(ask.home)
     storage.make_folder(ask.home)
     started = time.monotonic()
     made = STEPS[ask.step.name](ask, bundle)
     seconds = round(time.monotonic() - started, 3)
-    told = {"key": key, "bundle": str(made.path), "model_digest": made.model_digest, "seconds": seconds}
+    told = {"key": key, "model_digest": made.model_digest, "seconds": seconds}
     storage.write_json(ask.home / MADE, told)
     return made, seconds
 
 
-def _judged(bench: Bench, bundle: ModelBundle, blank: StepRow, key: str, places: tuple[Path, Path]) -> StepRow:
-    """A row of the table: judged, or read as it was judged; ``places``: of its evaluation, and of the row."""
-    home, place = places
-    there = _read(place / ROW)
+def _judged(bench: Bench, bundle: ModelBundle, blank: StepRow, key: str, home: Path, parent: StepRow | None) -> StepRow:
+    """A row of the table: judged, or read as it was judged; ``parent`` is the first of them."""
+    there = _read(home / ROW)
     if there.get("key") == key and there["row"]["model_digest"] == bundle.model_digest:
         return StepRow.from_json(there["row"])
-    row = bench.judge(bundle, home, blank)
-    storage.write_json(place / ROW, {"key": key, "row": row.to_json()})
+    row = bench.judge(bundle, home, blank, parent=parent)
+    storage.write_json(home / ROW, {"key": key, "row": row.to_json()})
     return row
 
 
@@ -180,35 +186,46 @@ def _decide_again(config: ReleaseConfig, parent: ModelBundle, made: Made, *, not
     if parent.policy is None or made.bundle.model_digest == parent.model_digest:
         return made
     bundle, reason = replace(made.bundle, policy=None), ""
-    evidence = getattr(parent.policy, "evidence", None)
-    corpus = open_corpus(config.corpus).digest
+    evidence, corpus = parent.policy.evidence, open_corpus(config.corpus).digest
+    chose = ((made.bundle.lineage.get("calibration") or {}).get("chosen_by") or {}).get("split")
     if evidence is None:
         reason = "they carry no KPI by which they could be found again"
     elif evidence.corpus != corpus:
         reason = "they were certified on another corpus"
+    elif evidence.split in (config.train_split, chose):
+        reason = f"the images of {evidence.split!r}, on which they were certified, have made this model"
     else:
-        from eagleray.flows.certify import CertifyConfig
         from eagleray.flows.certify import run as certify
 
-        asked = CertifyConfig(
-            corpus=config.corpus,
-            model=str(made.bundle.path),
-            kpi=evidence.kpi,
-            out=str(config.root / "certified"),
-            split=evidence.split,
-            splits=config.splits,
-            otherwise=parent.policy.otherwise,
-            runtime=config.target or config.runtime,
-            in_process_below=config.in_process_below,
-        )
+        asked = _certifying(config, parent.policy, evidence, made.bundle)
         try:
             certify(asked, is_quiet=is_quiet)
-            bundle = load_bundle(config.root / "certified")
+            bundle = load_bundle(asked.out)
         except (KpiNotMet, DataError) as error:
             reason = error.seen
-    told = f"the parent's thresholds are dropped: {reason}" if reason else f"certified again: {evidence.kpi}"  # type: ignore[union-attr]
+    again = f"certified again, by certify's default settings: {evidence.kpi}" if evidence else ""
+    told = f"the parent's thresholds are dropped: {reason}" if reason else again
     note(told)
     return replace(made, bundle=bundle, notes=(*made.notes, told))
+
+
+def _certifying(
+    config: ReleaseConfig, policy: ThresholdPolicy, evidence: Evidence, bundle: ModelBundle
+) -> CertifyConfig:
+    """The certification of a released model by its parent's KPI, where and how the release runs; a folder a model."""
+    from eagleray.flows.certify import CertifyConfig
+
+    same = ("corpus", "splits", "address", "workers", "num_cpus", "num_gpus", "threads", "batch_size")
+    return CertifyConfig(
+        model=str(bundle.path),
+        kpi=evidence.kpi,
+        out=str(config.root / f"certified-{bundle.model_digest[:12]}"),
+        split=evidence.split,
+        otherwise=policy.otherwise,
+        runtime=config.runtime_for(bundle),
+        in_process_below=config.in_process_below,
+        **{name: getattr(config, name) for name in same},
+    )
 
 
 def _not_met(config: ReleaseConfig, row: StepRow) -> KpiNotMet:

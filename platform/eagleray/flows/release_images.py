@@ -21,14 +21,14 @@ import numpy.typing as npt
 from eagleray.core.config import digest_json
 from eagleray.core.errors import DataError
 from eagleray.flows.release_plan import ReleaseConfig
+from eagleray.flows.training_data import VALIDATIONS
 from eagleray.vision.corpus import open_corpus
 from eagleray.vision.images import ImageRefused, ImageSpec, decode
 from eagleray.vision.splits import CorpusIndex, Splits, assign, check_leaks, read_index
 
 if TYPE_CHECKING:
-    from eagleray.infer.classifier import Classifier
+    from eagleray.infer.runtimes import Runtime
 
-HELD_OUT = ("val", "valid", "validation")  # splits that were neither trained on nor judge, the first that is there
 ONE_BATCH = 32
 
 Uint8 = npt.NDArray[np.uint8]
@@ -59,11 +59,11 @@ class Pictures:
         for start in range(0, len(self.calibration), size):
             yield self.calibration[start : start + size]
 
-    def accuracy(self, model: Classifier, label_ids: Sequence[str]) -> float:
-        """Share of the choosing images that a model is right about, 0..1."""
+    def accuracy(self, runtime: Runtime, label_ids: Sequence[str]) -> float:
+        """Share of the choosing images that a compiled model is right about, 0..1."""
         right = 0
         for start in range(0, len(self.choosing), ONE_BATCH):
-            found = model.infer(self.choosing[start : start + ONE_BATCH]).probabilities.argmax(axis=1)
+            found = runtime.run(self.choosing[start : start + ONE_BATCH]).logits.argmax(axis=1)
             wanted = self.labels[start : start + ONE_BATCH]
             right += sum(label_ids[int(index)] == label for index, label in zip(found, wanted, strict=True))
         return right / max(1, len(self.choosing))
@@ -96,7 +96,7 @@ def draw(config: ReleaseConfig, spec: ImageSpec, count: int, *, needs_labels: Se
     check_leaks(splits, index)
     train = splits.mask(config.train_split)
     refuse_overlap(index, train, splits.mask(config.split), f"{config.train_split!r} and {config.split!r}")
-    held = next((name for name in HELD_OUT if name != config.split and splits.counts.get(name)), config.train_split)
+    held = next((name for name in VALIDATIONS if name != config.split and splits.counts.get(name)), config.train_split)
     order = np.argsort(index.ids, kind="stable")
     mine = [int(at) for at in order if train[at]]
     calibration = mine[:count]

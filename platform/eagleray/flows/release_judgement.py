@@ -1,7 +1,7 @@
 """Judges one bundle of a release: its accuracy, how it differs from the parent, what it takes, whether it may pass.
 
 Example:
-    >>> Bench(config, parent, home).judge(parent, home, row).accuracy.text
+    >>> Bench(config, parent, home).judge(parent, home, row, parent=None).accuracy.text
     '0.934 (0.905 to 0.961)'
 """
 
@@ -23,6 +23,7 @@ from eagleray.flows.evaluate import EvaluateConfig, Subject
 from eagleray.flows.measurement import Measurement, decode_seconds, measure, work_of
 from eagleray.flows.release_images import sample
 from eagleray.flows.release_plan import ReleaseConfig
+from eagleray.infer.runtimes.measure import candidates
 from eagleray.infer.runtimes.timing import TimingSettings
 from eagleray.vision.bootstrap import Estimate, Resampling
 from eagleray.vision.bundle import PROBES, ModelBundle
@@ -62,22 +63,22 @@ class Bench:
     @cached_property
     def parent(self) -> Judged:
         """The parent's answers."""
-        return self._evaluate(self.bundle, self.home)
+        return self._evaluate(self.bundle, self.home, self.config.runtime)
 
-    def judge(self, bundle: ModelBundle, home: Path, row: StepRow) -> StepRow:
+    def judge(self, bundle: ModelBundle, home: Path, row: StepRow, *, parent: StepRow | None) -> StepRow:
         """Fills in a row.
 
         Args:
             bundle: To be judged: the parent itself, or what a step made.
             home: Its folder.
             row: What is known of it: its name, what it is.
+            parent: The parent's row; None where it is the parent that is judged.
         """
-        is_parent = bundle is self.bundle
-        mine = self.parent if is_parent else self._evaluate(bundle, home)
-        found = None if is_parent else compared(self.config, self.parent, mine)
-        takes = self._measure(self.bundle, bundle)
+        takes = self._measure(bundle, parent)
         own, theirs = takes["this"], takes["parent"]
-        best = own.of(self.config.target)
+        best = own.best if parent is None else own.of(self.config.target)
+        mine = self.parent if parent is None else self._evaluate(bundle, home, self.config.runtime_for(bundle))
+        found = None if parent is None else compared(self.config, self.parent, mine)
         work = work_of(best, self.decode_s)
         row = replace(
             row,
@@ -86,7 +87,7 @@ class Bench:
             parameters=own.parameters,
             macs=own.macs,
             engine=best.engine,
-            precision=getattr(bundle, "precision", "fp32"),
+            precision=bundle.precision,
             latency_ms_p50=best.latency_ms_p50,
             latency_ms_p95=best.latency_ms_p95,
             images_per_s=best.images_per_s,
@@ -105,23 +106,19 @@ class Bench:
             recalls=dict(found.recalls),
             speedup=round(best.images_per_s / theirs.best.images_per_s, 4),
         )
-        return row.with_gates(*judge_loss(found, self.config.limits), self._parity(bundle, own))
+        return row.with_gates(*judge_loss(found, self.config.limits), self._parity(bundle))
 
-    def _evaluate(self, bundle: ModelBundle, home: Path) -> Judged:
+    def _evaluate(self, bundle: ModelBundle, home: Path, runtime: str) -> Judged:
         """The bundle's own evaluation, as anybody runs it, with its page."""
-        asked = self._asked(bundle, home)
-        said = evaluate.run(asked, is_quiet=True)
-        subject = evaluate.resolve(asked)
+        subject = evaluate.resolve(self._asked(bundle, home, runtime))
+        said = evaluate.run_on(subject, is_quiet=True)
         lead = "exact_match" if subject.is_multi_label else "top1"
         return Judged(bundle, subject, evaluate.read_scored(subject), Estimate(**said[lead]))
 
-    def _asked(self, bundle: ModelBundle, home: Path) -> EvaluateConfig:
+    def _asked(self, bundle: ModelBundle, home: Path, runtime: str) -> EvaluateConfig:
         config = self.config
         same = ("corpus", "split", "splits", "resamples", "level", "seed", "address", "workers", "num_cpus", "num_gpus")
         more = ("threads", "batch_size", "in_process_below")
-        runtime = config.target or config.runtime
-        if runtime == "torch" and "model.safetensors" not in bundle.files:
-            runtime = "auto"
         return EvaluateConfig(
             model=str(bundle.path),
             out=str(home / EVALUATION),
@@ -130,25 +127,27 @@ class Bench:
             **{name: getattr(config, name) for name in (*same, *more)},
         )
 
-    def _measure(self, parent: ModelBundle, bundle: ModelBundle) -> dict[str, Measurement]:
-        """What both take, in turns; of the parent alone, once."""
+    def _measure(self, bundle: ModelBundle, parent: StepRow | None) -> dict[str, Measurement]:
+        """What a bundle takes, in turns with the parent on the engine that was its best; of the parent, alone."""
         config = self.config
         settings = TimingSettings(
             threads=config.threads, device=config.device, rounds=config.rounds, turn_s=config.turn_s
         )
-        if parent is bundle:
-            alone = measure({"this": bundle}, settings, engines=config.engines)["this"]
+        if parent is None:
+            alone = measure({"this": bundle}, settings, engines={"this": config.engines})["this"]
             return {"this": alone, "parent": alone}
-        return measure({"parent": parent, "this": bundle}, settings, engines=config.engines)
+        own = (config.target,) if config.target else config.engines
+        engines = {"this": own, "parent": (parent.engine,)}
+        return measure({"parent": self.bundle, "this": bundle}, settings, engines=engines)
 
-    def _parity(self, bundle: ModelBundle, takes: Measurement) -> Gate:
+    def _parity(self, bundle: ModelBundle) -> Gate:
         """Every engine that is here, or the target, answers the probe set."""
         from eagleray.infer.parity import check_parity
 
         config = self.config
-        engines = [t.engine for t in takes.timings if not t.failed and t.engine != "torch"]
-        engines = [config.target] if config.target else engines
-        told, is_passed = [], True
+        here = [name for name in candidates(bundle, config.device) if not config.engines or name in config.engines]
+        engines = [config.target] if config.target else [name for name in here if name != "torch"]
+        told, is_passed = [], bool(engines)
         for engine in engines:
             try:
                 found = check_parity(bundle, engine, threads=1, device=config.device)

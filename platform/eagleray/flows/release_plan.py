@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from eagleray.assure.release_table import Limits
 from eagleray.core.config import Config
 from eagleray.infer.runtimes import RUNTIMES
+from eagleray.vision.bundle import HEAD, SAFETENSORS, ModelBundle, load_bundle
 from eagleray.vision.splits import SplitRule
 
 STUDENT = {"epochs": 30, "lr": 5e-4}  # of a student: it starts from other weights
@@ -105,6 +106,8 @@ class ReleaseConfig(Config):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> ReleaseConfig:
+        if self.target and self.engines and self.target not in self.engines:
+            raise ValueError(f"target {self.target} is not among the engines that are timed: {', '.join(self.engines)}")
         if not (self.distill_to or self.prune or self.precision or self.target):
             raise ValueError("nothing is asked for: give distill_to, prune, precision or target, or several of them")
         if self.split == self.train_split:
@@ -120,6 +123,11 @@ class ReleaseConfig(Config):
     def device(self) -> str:
         """Where engines run."""
         return "cuda" if self.num_gpus > 0 else "cpu"
+
+    def runtime_for(self, bundle: ModelBundle) -> str:
+        """What scores a bundle: the target, else as asked; ``auto`` for torch where there is only a graph."""
+        runtime = self.target or self.runtime
+        return "auto" if runtime == "torch" and SAFETENSORS not in bundle.files else runtime
 
     @property
     def limits(self) -> Limits:
@@ -144,14 +152,19 @@ class Step:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _student(name: str) -> str:
+    """An architecture by its name, a bundle by its weights."""
+    return load_bundle(name).model_digest if (Path(name) / HEAD).is_file() else name
+
+
 def steps(config: ReleaseConfig) -> list[Step]:
     """The steps that are asked for, in their order."""
     common = {"seed": config.seed, "train_split": config.train_split, "splits": config.splits.model_dump(mode="json")}
     found = []
     if config.distill_to:
-        student = {**STUDENT, **config.student}
+        settings = {**common, "student": {**STUDENT, **config.student}, "distill_to": _student(config.distill_to)}
         what = f"a student {config.distill_to} learns from the model and from the labels"
-        found.append(Step("distill", f"student {config.distill_to}", what, {**common, "student": student}))
+        found.append(Step("distill", f"student {config.distill_to}", what, settings))
     if config.prune:
         recovery = {**RECOVERY, **config.recovery}
         settings = {**common, "ratio": config.prune, "pruning": config.pruning, "recovery": recovery}
@@ -159,7 +172,8 @@ def steps(config: ReleaseConfig) -> list[Step]:
         found.append(Step("prune", f"pruned {config.prune:.0%}", what, settings))
     if config.precision == "int8":
         settings = {**common, "images": config.calibration_images, "quantization": config.quantization}
-        settings |= {"max_drop_points": config.max_drop_points, "target": config.target}
+        # the split that judges too: which images choose what stays in float depends on it
+        settings |= {"max_drop_points": config.max_drop_points, "target": config.target, "split": config.split}
         what = "weights and activations become 8-bit integers, layers that suffer stay in float"
         found.append(Step("quantize", "int8", what, settings))
     if config.precision == "fp16":

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from eagleray.core.config import load
 from eagleray.core.errors import ArtifactError, CapabilityError, ConfigError
+from eagleray.core.tables import find, resolve
 from eagleray.flows.release_images import draw
 from eagleray.flows.release_plan import ReleaseConfig, Step
+from eagleray.infer.runtimes import RUNTIMES
 from eagleray.infer.runtimes.measure import candidates
 from eagleray.vision.bundle import (
     FOREIGN,
@@ -73,29 +75,27 @@ def prune(ask: Ask, bundle: ModelBundle) -> ModelBundle:
 
 def quantize(ask: Ask, bundle: ModelBundle) -> ModelBundle:
     """The bundle in INT8: one Q/DQ graph, calibrated on training images, sensitive layers left in float."""
-    from eagleray.infer.classifier import Classifier
     from eagleray.infer.quantization import QuantizationSettings
     from eagleray.infer.quantization import quantize as quantized
 
     config = ask.config
+    engine = config.target or _engine(bundle, config.device)
     # uint8 fuses with the ReLU before it: 2.3 times FP32 in ONNX Runtime, where int8 takes 2.6 times as long as FP32
     # (docs/log.md); TensorRT refuses a zero point that is not 0
-    activations = "int8" if config.target == "tensorrt" else "uint8"
     own = {
         "max_drop_points": config.max_drop_points,
         "max_images": config.calibration_images,
-        "activations": activations,
+        "activations": "int8" if engine == "tensorrt" else "uint8",
     }
     settings = load(QuantizationSettings, overrides={**own, "threads": config.threads, **config.quantization})
     pictures = draw(config, bundle.image_spec, config.calibration_images, needs_labels=bundle.label_ids)
-    engine = config.target or _engine(bundle)
 
     def accuracy(data: bytes) -> float:
         with tempfile.TemporaryDirectory(prefix="eagleray-quantize-") as folder:
             draft = _draft(bundle, precision="int8")
             trial = save_bundle(Path(folder) / "trial", draft, {ONNX: data})
-            model = Classifier(trial, engine, threads=config.threads, device=config.device)
-            return pictures.accuracy(model, bundle.label_ids)
+            kind = resolve(RUNTIMES, engine, what="runtime")  # not Classifier: a candidate has no probe set to answer
+            return pictures.accuracy(kind(trial, threads=config.threads, device=config.device), bundle.label_ids)
 
     found = quantized(bundle, pictures.batches(config.batch_size), settings=settings, evaluate=accuracy)
     told = {"calibration": pictures.to_json(), "table": _plain(found.table), "engine": engine}
@@ -148,9 +148,6 @@ def check(config: ReleaseConfig, bundle: ModelBundle, asked: list[Step]) -> None
                 wanted = dict(step.settings[key])
                 _training(config, str(bundle.path), "out", "run", {"teacher": str(bundle.path), **wanted})
     if config.target is not None and config.target not in candidates(bundle, config.device):
-        from eagleray.core.tables import find
-        from eagleray.infer.runtimes import RUNTIMES
-
         find(RUNTIMES, config.target, what="runtime")
         raise CapabilityError(
             f"{config.target} does not run {bundle.name} on {config.device} here",
@@ -239,10 +236,15 @@ def publish(config: ReleaseConfig, bundle: ModelBundle, lineage: Mapping[str, An
     return save_bundle(config.out, draft, weights, timm_config=timm_config, probes=probes)
 
 
-def _engine(bundle: ModelBundle) -> str:
+def _engine(bundle: ModelBundle, device: str) -> str:
     """The engine that INT8 is for where none is named: OpenVINO where it is, for it needs no VNNI to be faster."""
-    able = candidates(bundle)
-    return "openvino" if "openvino" in able else "onnx"
+    able = candidates(bundle, device)
+    found = next((name for name in ("openvino", "onnx", "tensorrt") if name in able), None)
+    if found is None:
+        raise CapabilityError(
+            f"no engine here runs 8 bits on {device}", expected="openvino, onnx or tensorrt", fix="install one of them"
+        )
+    return found
 
 
 def _plain(table: Any) -> Any:

@@ -143,7 +143,7 @@ def seal_onnx(data: bytes, bundle: ModelBundle, *, has_preprocessing: bool = Fal
         proto,
         bundle,
         {
-            "precision": getattr(bundle, "precision", "fp32"),
+            "precision": bundle.precision,
             "has_preprocessing": proto.graph.input[0].type.tensor_type.elem_type == UINT8,
             "model_digest": bundle.model_digest,
             "lineage_sha256": digest_json(dict(bundle.lineage)),

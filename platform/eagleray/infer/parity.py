@@ -185,8 +185,20 @@ def check_parity(
     """
     if isinstance(runtime, str):
         runtime = _compile(bundle, runtime, threads, device)
+    if PROBES not in bundle.files:
+        _refuse_unproved(bundle)
     probes = read_probes(bundle) or ask(bundle, generated_images(bundle.image_spec))
     return compare(bundle, runtime, probes, tolerance or tolerance_of(bundle, runtime.precision))
+
+
+def _refuse_unproved(bundle: ModelBundle) -> None:
+    """FP32 bundles are older than probe sets, others are not; held to itself, a quantised graph would always pass."""
+    if bundle.precision != "fp32":
+        raise ArtifactError(
+            f"{bundle.name} is {bundle.precision} and has no probe set",
+            expected=f"the {PROBES} of its fp32 parent",
+            fix="release it again",
+        )
 
 
 def _compile(bundle: ModelBundle, name: str, threads: int, device: str) -> Runtime:
@@ -257,6 +269,7 @@ def require_parity(bundle: ModelBundle, runtime: Runtime, *, wants_embedding: bo
         ArtifactError: The answers are off.
     """
     if PROBES not in bundle.files:
+        _refuse_unproved(bundle)
         return None
     key = {**_key(bundle, runtime), "embedding": wants_embedding}
     if recall(MEMORY, key).get("is_passed") is True:

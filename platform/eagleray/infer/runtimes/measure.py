@@ -28,16 +28,16 @@ from eagleray.core.errors import CapabilityError
 from eagleray.core.tables import installed
 from eagleray.infer.runtimes import CHUNK, RUNTIMES, Runtime, Uint8
 from eagleray.infer.runtimes.engine_process import Answer, EngineProcess, serve
-from eagleray.infer.runtimes.memory import recall, remember
+from eagleray.infer.runtimes.memory import graphics, recall, remember
 from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle
 
 MODULE = "eagleray.infer.runtimes.measure"
 MEMORY = "runtimes"
-SCHEMA = 1  # of the remembered answer: a new one forgets the old
+SCHEMA = 2  # of the remembered answer: a new one forgets the old
 ROUNDS = 4
 ROUND_S = 0.25
 FAR_BEHIND = 0.4  # of the best first turn: below this a runtime does not catch up
-TIMEOUT_S = 120.0  # for importing an engine, compiling and a second of work, on a slow disk
+TIMEOUT_S = 300.0  # for importing an engine, compiling (TensorRT takes minutes) and a second of work
 NEEDS = {"torch": SAFETENSORS, "onnx": ONNX, "openvino": ONNX, "tensorrt": ONNX}
 ORDER = ("onnx", "openvino", "tensorrt", "torch")  # the sooner to start comes first, and wins a tie
 ON = {"cpu": ("onnx", "openvino", "torch"), "cuda": ("tensorrt", "onnx", "torch")}
@@ -181,6 +181,7 @@ def _key(bundle: ModelBundle, names: Sequence[str], *, threads: int, device: str
         "model": bundle.model_digest,
         "image_spec": bundle.image_spec.digest,
         "processor": processor.identity(),
+        "graphics": graphics() if device == "cuda" else {},
         "threads": threads,
         "device": device,
         "versions": {name: RUNTIMES[name].version for name in names},

@@ -71,7 +71,7 @@ class TensorRt:
                 fix="ask for --runtime onnx or openvino",
             )
         self.version = RUNTIMES[self.name].version
-        self.precision = getattr(bundle, "precision", "fp32")
+        self.precision: str = bundle.precision
         library = tensor_rt_api.load_library()
         self._driver = cuda_driver.open_driver()
         onnx = with_preprocessing(bundle.read_verified(ONNX), bundle)

@@ -15,7 +15,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -79,16 +79,6 @@ class Timing:
     compile_s: float = 0.0
     failed: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**asdict(self), "rates": {str(size): rate for size, rate in (self.rates or {}).items()}}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Timing:
-        """What to_json wrote."""
-        rates = {int(size): float(rate) for size, rate in value["rates"].items()}
-        return cls(**{**value, "rates": rates})
-
 
 def time_engines(subjects: Mapping[str, tuple[ModelBundle, str]], settings: TimingSettings) -> dict[str, Timing]:
     """Measures bundles on engines, in turn.
@@ -122,8 +112,13 @@ def time_engines(subjects: Mapping[str, tuple[ModelBundle, str]], settings: Timi
             probes[name], samples[name] = probe, {size: [] for size in settings.batches}
         for _ in range(settings.rounds):
             for size in settings.batches:
-                for name, probe in probes.items():
-                    answer = probe.ask({"batch": size, "seconds": settings.turn_s})
+                for name in list(probes):
+                    try:
+                        answer = probes[name].ask({"batch": size, "seconds": settings.turn_s})
+                    except CapabilityError as error:
+                        found[name] = replace(found[name], failed=error.seen)
+                        del probes[name], samples[name]
+                        continue
                     samples[name][size] += answer["seconds"]
     return {name: _filled(timing, samples[name]) if name in samples else timing for name, timing in found.items()}
 
