@@ -247,7 +247,7 @@ def _build(subject: Subject) -> dict[str, Any]:
                 fix="add --set compute_capability=8.9 (an L4 or RTX 4090)",
             ) from None
     onnx = with_preprocessing(subject.data, subject.bundle)
-    key = tensor_rt.make_key(library, onnx, target, tensor_rt.settings_of(subject.bundle))
+    key = tensor_rt.make_key(library, onnx, target, tensor_rt.settings_of(onnx))
     built = tensor_rt.provide(library, onnx, key)
     return {
         "path": str(engine_cache.path_of(key)),

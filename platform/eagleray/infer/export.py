@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from eagleray.core.config import digest_json
 from eagleray.core.errors import ArtifactError
 from eagleray.vision.bundle import ONNX, ModelBundle
-from eagleray.vision.onnx_graph import BATCH, FLOAT, IMAGE
+from eagleray.vision.onnx_graph import BATCH, FLOAT, IMAGE, rename
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,8 +184,7 @@ def _put_preprocessing(proto: Any, draft: ModelBundle) -> None:
     while taken & set(names):
         names = [f"{name}_" for name in names]
     x, as_float, scaled, shifted, scale, bias = names
-    for node in graph.node:
-        node.input[:] = [x if name == IMAGE else name for name in node.input]
+    rename(graph, IMAGE, x)
     factors = zip((scale, bias), spec.scale_and_bias, strict=True)
     graph.initializer.extend(numpy_helper.from_array(value.reshape(1, 1, 1, 3), name) for name, value in factors)
     steps = [

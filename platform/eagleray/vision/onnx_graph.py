@@ -188,7 +188,7 @@ def _name_image(graph: Any, what: str) -> None:
     channels = dims[3] if is_nhwc else dims[1]
     if isinstance(channels, int) and channels != 3:
         raise _refused(what, f"it takes {channels} channels")
-    _rename(graph, value.name, IMAGE)
+    rename(graph, value.name, IMAGE)
     if is_nhwc:
         inner = _step_aside(graph, IMAGE)
         value.name = IMAGE
@@ -200,7 +200,7 @@ def _name_image(graph: Any, what: str) -> None:
     graph.input.append(taken)
 
 
-def _rename(graph: Any, old: str, new: str) -> None:
+def rename(graph: Any, old: str, new: str) -> None:
     """Renames a value everywhere in a graph; a value that has the new name already steps aside."""
     if old != new:
         _step_aside(graph, new)
@@ -288,7 +288,7 @@ def _name_logits(graph: Any, source: str) -> None:
     kept = [value for value in graph.output if value.name == source]
     del graph.output[:]
     graph.output.extend(kept)
-    _rename(graph, source, LOGITS)
+    rename(graph, source, LOGITS)
 
 
 def _free_batch(model: Any, what: str) -> tuple[Any, int | None]:

@@ -32,7 +32,7 @@ def refuse_custom(model: Any, what: str) -> None:
     own = {(function.domain, function.name) for function in model.functions}
     found = {
         f"{node.domain}:{node.op_type}"
-        for node in _all_nodes(model)
+        for node in _allnodes(model)
         if node.domain not in STANDARD and (node.domain, node.op_type) not in own
     }
     if found:
@@ -65,17 +65,18 @@ def refuse_unbounded(model: Any, what: str) -> None:
                 )
 
 
-def _all_nodes(model: Any) -> Iterator[Any]:
+def _allnodes(model: Any) -> Iterator[Any]:
     """Every node of a model: of its graph, its functions and the graphs inside them."""
     for part in (model.graph, *model.functions):
-        yield from _nodes(part)
+        yield from nodes(part)
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
+def nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph and of all graphs inside it."""
     for node in graph.node:
         yield node
         for inner in _inner(node):
-            yield from _nodes(inner)
+            yield from nodes(inner)
 
 
 def _inner(node: Any) -> Iterator[Any]:

@@ -230,9 +230,9 @@ class Session:
 
         given = onnx.ModelProto()
         given.CopyFrom(model)
-        image = given.graph.input[0]
+        image, names = given.graph.input[0], list(names)
         self.names = [name for name in names if name != image.name]
-        self._image_too = len(self.names) < len(list(names))
+        self._image_too = image.name in names
         shapes = {value.name: value for value in given.graph.value_info}
         ends = {value.name for value in given.graph.output}
         per_image = 0
@@ -256,17 +256,18 @@ class Session:
             self.names.append(image.name)
 
     def run(self, batch: Uint8) -> Iterator[dict[str, Float32]]:
-        """The values of a batch, chunk by chunk; a chunk of a fixed size is filled up with its last image."""
+        """The values of a batch, chunk by chunk; what fills a chunk of a fixed size up is cut off again."""
         wanted = [name for name in self.names if name != IMAGE]
         for start in range(0, len(batch), self._size):
             chunk = batch[start : start + self._size]
+            count = len(chunk)
             if self._fixed is not None and len(chunk) < self._fixed:
                 chunk = np.concatenate([chunk, np.repeat(chunk[-1:], self._fixed - len(chunk), axis=0)])
             x = chunk if self._takes_pixels else normalize(chunk, self._spec)
             values = dict(zip(wanted, self._session.run(wanted, {IMAGE: x}), strict=True)) if wanted else {}
             if self._image_too:
                 values[IMAGE] = x
-            yield values
+            yield {name: value[:count] for name, value in values.items()}
 
 
 def _edge(counts: np.ndarray, share: float) -> int:

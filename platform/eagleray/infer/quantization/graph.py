@@ -22,6 +22,7 @@ import numpy as np
 
 from eagleray.core.errors import ArtifactError
 from eagleray.vision.onnx_graph import FLOAT, parse
+from eagleray.vision.onnx_limits import nodes
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 ACTIVATIONS = ("Relu", "Clip")  # what the quantiser of their input can do by itself
@@ -75,7 +76,7 @@ def prepare(data: bytes, what: str) -> Any:
     _fold_batch_norms(graph)
     _split_outputs(graph)
     _name_nodes(graph)
-    _drop_unused(graph)
+    drop_unused(graph)
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError) as error:
@@ -112,9 +113,9 @@ def constants(graph: Any) -> dict[str, Any]:
 
 
 def consumers(graph: Any) -> dict[str, list[Any]]:
-    """Value to the nodes that take it."""
+    """Value to the nodes that take it, in graphs inside this one too."""
     found: dict[str, list[Any]] = {}
-    for node in graph.node:
+    for node in nodes(graph):
         for name in node.input:
             found.setdefault(name, []).append(node)
     return found
@@ -286,13 +287,9 @@ def _name_nodes(graph: Any) -> None:
         names.add(name)
 
 
-def _drop_unused(graph: Any) -> None:
+def drop_unused(graph: Any) -> None:
     """Takes out constants that no node takes any more."""
-    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for node in graph.node:
-        for one in node.attribute:  # an inner graph may take it
-            for inner in (*((one.g,) if one.HasField("g") else ()), *one.graphs):
-                used |= {name for part in inner.node for name in part.input}
+    used = {name for node in nodes(graph) for name in node.input} | {value.name for value in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eagleray.core.errors import ArtifactError
-from eagleray.infer.quantization.graph import constants, consumers, prepare, serialize
+from eagleray.infer.quantization.graph import constants, consumers, drop_unused, prepare, serialize
 from eagleray.vision.onnx_graph import FLOAT
 
 FLOAT16 = 10  # TensorProto.FLOAT16
@@ -49,8 +49,8 @@ def half(data: bytes, what: str, words: Mapping[str, str]) -> bytes:
 
     model = prepare(data, what)
     graph = model.graph
-    types = _types(graph)
-    in_half = [_is_half(node, graph, types) for node in graph.node]
+    types, known = _types(graph), constants(graph)
+    in_half = [_is_half(node, known, types) for node in graph.node]
     _keep_norms(graph, in_half)
     _retype(graph, in_half, types)
     del graph.value_info[:]
@@ -74,7 +74,7 @@ def _types(graph: Any) -> dict[str, int]:
     return known
 
 
-def _is_half(node: Any, graph: Any, types: Mapping[str, int]) -> bool:
+def _is_half(node: Any, known: Mapping[str, Any], types: Mapping[str, int]) -> bool:
     """Whether a node may run in float16: a known operator, on floats, whose constants float16 can hold."""
     from onnx import numpy_helper
 
@@ -84,7 +84,7 @@ def _is_half(node: Any, graph: Any, types: Mapping[str, int]) -> bool:
         return False
     if types[node.output[0]] != FLOAT:
         return False
-    fixed = [tensor for tensor in graph.initializer if tensor.name in node.input and tensor.data_type == FLOAT]
+    fixed = [known[name] for name in node.input if name in known and known[name].data_type == FLOAT]
     return all(np.abs(numpy_helper.to_array(tensor)).max(initial=0.0) <= MOST for tensor in fixed)
 
 
@@ -150,10 +150,7 @@ def _retype(graph: Any, in_half: list[bool], types: Mapping[str, int]) -> None:
             nodes.append(helper.make_node("Cast", [inner], [value.name], name=f"cast_{value.name}", to=FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    drop_unused(graph)
 
 
 def _as_half(tensor: Any, name: str) -> Any:

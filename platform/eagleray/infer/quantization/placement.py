@@ -161,4 +161,5 @@ def _chosen(graph: Any, names: Collection[str], settings: QuantizationSettings) 
     behind = [node for node in graph.node if node.op_type in ACTIVATIONS and node.input[0] in made]
     made |= {name for node in behind for name in node.output}
     pools = [node for node in graph.node if node.op_type == "MaxPool" and node.input[0] in made]
-    return [node for node in graph.node if node in (*chosen, *behind, *pools)]
+    wanted = {node.name for node in (*chosen, *behind, *pools)}  # each has a name of its own
+    return [node for node in graph.node if node.name in wanted]

@@ -22,7 +22,6 @@ from eagleray.core.errors import ArtifactError, CapabilityError
 from eagleray.core.storage import sha256_bytes
 from eagleray.infer.export import with_preprocessing
 from eagleray.infer.runtimes import (
-    RUNTIMES,
     Float32,
     Outputs,
     Uint8,
@@ -36,7 +35,7 @@ from eagleray.infer.runtimes.cuda_driver import CudaDriver, Pinned
 from eagleray.infer.runtimes.engine_build import BuildSettings, Target, build_engine
 from eagleray.infer.runtimes.tensor_rt_api import Context, Engine, Library, make_log
 from eagleray.vision.bundle import ONNX, ModelBundle
-from eagleray.vision.onnx_graph import IMAGE
+from eagleray.vision.onnx_graph import IMAGE, parse
 
 NUM_LANES = 2
 FLOAT_BYTES = 4
@@ -70,12 +69,14 @@ class TensorRt:
                 expected="an NVIDIA GPU, asked for as device cuda (score: num_gpus above 0)",
                 fix="ask for --runtime onnx or openvino",
             )
-        self.version = RUNTIMES[self.name].version
         self.precision: str = bundle.precision
         library = tensor_rt_api.load_library()
+        self.version = library.version
         self._driver = cuda_driver.open_driver()
+        self._finalize = weakref.finalize(self, self._driver.close)  # before anything on the device can fail
+        self._finalize.atexit = False  # the process's end frees all of it, and the driver may be gone before us
         onnx = with_preprocessing(bundle.read_verified(ONNX), bundle)
-        self._settings = settings_of(bundle)
+        self._settings = settings_of(onnx)
         key = make_key(library, onnx, target_of(self._driver), self._settings)
         log = make_log(library)
         self._library_runtime = library.module.Runtime(log)
@@ -95,8 +96,6 @@ class TensorRt:
         spec = bundle.image_spec
         shape, kernels = (spec.height, spec.width, 3), _Kernels(library, engine, key)
         self._lanes = [_Lane(self._driver, kernels, self._settings.buckets, shape, widths) for _ in range(NUM_LANES)]
-        self._finalize = weakref.finalize(self, self._driver.close)
-        self._finalize.atexit = False  # the process's end frees all of it, and the driver may be gone before us
 
     def run(self, batch_u8_nhwc: Uint8) -> Outputs:
         """Runs a batch.
@@ -122,10 +121,10 @@ class TensorRt:
         return Outputs(logits=joined["logits"], embedding=joined.get("embedding"))
 
 
-def settings_of(bundle: ModelBundle) -> BuildSettings:
-    """How a bundle's engine is built: a graph of one fixed batch has that bucket only."""
-    fixed = bundle.lineage.get("fixed_batch")
-    return BuildSettings(buckets=(int(fixed),)) if fixed else BuildSettings()
+def settings_of(onnx: bytes) -> BuildSettings:
+    """How a graph's engine is built: one of a fixed batch has that bucket only."""
+    fixed = int(parse(onnx, ONNX).graph.input[0].type.tensor_type.shape.dim[0].dim_value)
+    return BuildSettings(buckets=(fixed,)) if fixed else BuildSettings()
 
 
 def target_of(driver: CudaDriver) -> Target:
@@ -207,6 +206,7 @@ class _Kernels:
 
     def __init__(self, library: Library, engine: Engine, key: engine_cache.EngineKey) -> None:
         self._engine, self._key, self._cache, self._config = engine, key, None, None
+        self._kept: bytes | None = None
         if library.is_rtx:
             self._config = engine.create_runtime_config()
             # kernels for these very shapes from the first run on: answers do not change while others are compiled
@@ -216,6 +216,7 @@ class _Kernels:
             stored = engine_cache.load(key, engine_cache.KERNELS)
             if stored:
                 self._cache.deserialize(stored)
+                self._kept = stored
             self._config.set_runtime_cache(self._cache)
 
     def context(self) -> Context:
@@ -233,8 +234,9 @@ class _Kernels:
 
     def keep(self) -> None:
         """Keeps the kernels that have been compiled by now."""
-        if self._cache is not None:
-            engine_cache.store(self._key, bytes(self._cache.serialize()), engine_cache.KERNELS)
+        if self._cache is not None and (data := bytes(self._cache.serialize())) != self._kept:
+            engine_cache.store(self._key, data, engine_cache.KERNELS)
+            self._kept = data
 
 
 class _Lane:

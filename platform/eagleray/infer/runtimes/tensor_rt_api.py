@@ -189,8 +189,9 @@ def load_library() -> Library:
             return Library(name, importlib.import_module(name))
         except ModuleNotFoundError as error:
             reasons.append(f"no {error.name}")
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError) as error:  # installed and broken: another build in its place would be silent
             reasons.append(f"{name}: {str(error).splitlines()[0][:200]}")
+            break
     raise CapabilityError(
         f"TensorRT cannot be loaded ({'; '.join(reasons)})", expected="one of its builds", fix=INSTALL
     )
