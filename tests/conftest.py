@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None, derandomize=True)  # no wall time, and the same draws each time
+settings.load_profile("house")
 
 ROOT = Path(__file__).resolve().parent.parent
 

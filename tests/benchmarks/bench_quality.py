@@ -1,9 +1,9 @@
-"""What is learnt, on real images: self-supervised features by kNN, fine-tuning, and few labels.
+"""What is learnt, on real images: self-supervised features by kNN, and fine-tuning (few labels: bench_labels.py).
 
 selfsup: leave-one-out weighted kNN (k 20, tau 0.07) of `eagleray pretrain` beside lightly's reference loop at equal
 steps, and beside the backbone before its first step; seeds, first weights and images are the same on both sides.
 Differences are paired, over seeds and images, with a 95 % interval that draws both anew. finetune: EfficientNet-Lite0
-on a set's own split, from its published weights and from none. few: a head on 1, 10 and 100 % of the training labels.
+on a set's own split, from its published weights and from none.
 
 Weights and figures are kept under CACHE/quality: the same command again does only what is missing. A command begins no
 run that would not end within its --minutes (none at 0), and prints the tables of what there is.
@@ -11,7 +11,7 @@ run that would not end within its --minutes (none at 0), and prints the tables o
 Example:
     python tests/benchmarks/bench_quality.py --only selfsup --minutes 15     # again and again: 36 runs, an hour in all
     python tests/benchmarks/bench_quality.py --only selfsup --minutes 0      # the table so far
-    python tests/benchmarks/bench_quality.py --steps 60 --seeds 1 --epochs 1 --shares 0.1,1      # minutes: a trial
+    python tests/benchmarks/bench_quality.py --steps 60 --seeds 1 --epochs 1      # minutes: a trial
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -34,12 +33,12 @@ from typing import Any
 import learning_data
 import numpy as np
 from bench_score import describe_machine
-from checkout import EAGLERAY, SOURCES, make_importable
+from checkout import EAGLERAY, SOURCES
 from contestants import HERE, metered
 from learning_data import Neighbours, Pictures, difference
 from training_contestants import Ours, Peer
 
-PARTS = ("selfsup", "finetune", "few")
+PARTS = ("selfsup", "finetune")
 SIZE_PX = {"trashnet": 64, "cifar": 32, "apple": 64}
 PROBE = {"trashnet": (0.847, 0.791), "apple": (0.979, 0.982)}  # shared/data/README.md: accuracy, balanced accuracy
 SIDES = ("eagleray", "lightly")
@@ -60,7 +59,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--finetune-sets", default="trashnet", help="any of trashnet, apple")
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")
     parser.add_argument("--max-steps", type=int, default=None, help="of fine-tuning, below its epochs: for a trial")
-    parser.add_argument("--shares", default="0.01,0.1,1", help="of the training labels")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of this command; 0 only prints")
     parser.add_argument("--cache", type=Path, default=Path("/tmp/eagleray-bench"))
     parser.add_argument("--cores", type=int, default=2)
@@ -68,7 +66,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("only", "sets", "methods", "finetune_sets"):
         setattr(args, name, tuple(getattr(args, name).split(",")))
-    args.shares = tuple(float(share) for share in args.shares.split(","))
     unknown = set(args.only) - set(PARTS) | set(args.sets) - set(SIZE_PX) | set(args.finetune_sets) - set(PROBE)
     if unknown:
         parser.error(f"unknown {', '.join(sorted(unknown))}")
@@ -322,54 +319,6 @@ def _interval(figure: dict[str, Any]) -> str:
     return f"{figure['low']:.3f} to {figure['high']:.3f}" if figure["low"] is not None else "no interval"
 
 
-def few(args: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
-    """A row for each set, start and share: top-1 by seed."""
-    rows = []
-    for name in args.finetune_sets:
-        for is_pretrained in (True, False):
-            for share in args.shares:
-                tried = []
-                for seed in range(1, args.seeds + 1):
-                    corpus = learning_data.few_labels(args.cache, name, share, seed)
-                    tried.append(finetuned(args, budget, corpus, "head", is_pretrained, seed))
-                found = [one for one in tried if one is not None]
-                if not found:
-                    continue
-                start = "published weights" if is_pretrained else "random weights"
-                tops, images = [one["top1"]["value"] for one in found], found[0]["images"]
-                rows.append({"set": name, "start": start, "share": share, "images": images, "top1": tops})
-    return rows
-
-
-def few_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Few labels in Markdown."""
-    lines = ["", "| set | head on Lite0 of | labels | images | top-1, mean (range of seeds) |", "|---|---|---|---|---|"]
-    for row in rows:
-        tops = row["top1"]
-        shown = f"{statistics.mean(tops):.3f} ({min(tops):.3f} to {max(tops):.3f})"
-        lines.append(f"| {row['set']} | {row['start']} | {row['share']:.0%} | {row['images']:,} | {shown} |")
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """The few-label curves as a page."""
-    make_importable()
-    from eagleray.assure.charts import Curve, Curves
-    from eagleray.assure.report import Report
-    from eagleray.pages.page import write_page
-
-    curves = []
-    for name, start in sorted({(row["set"], row["start"]) for row in rows}):
-        own = sorted(
-            (float(np.log10(row["images"])), statistics.mean(row["top1"]))
-            for row in rows
-            if (row["set"], row["start"]) == (name, start)
-        )
-        curves.append(Curve(f"{name}, {start}", tuple(own)))
-    block = Curves("Top-1 by labels", tuple(curves), "log10 of labelled images", "top-1", has_marks=True)
-    return write_page(folder, Report("Few labels", datetime.now(UTC).isoformat(timespec="seconds"), (block,)))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what was asked and prints the tables."""
     args = parse(argv)
@@ -383,13 +332,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, run, table in (
         ("selfsup", selfsup, selfsup_table),
         ("finetune", finetune, finetune_table),
-        ("few", few, few_table),
     ):
         if part in args.only:
             found[part] = run(args, budget)
             print(table(found[part]), flush=True)
-    if found.get("few"):
-        print(f"\n# the curve: {plot(found['few'], args.cache / 'few-labels')}")
     found["minutes"] = round((time.time() - began) / 60, 1)
     target.write_text(json.dumps(found, indent=1) + "\n")
     left = f"; {budget.left_out} runs are left: the same command again does them" if budget.left_out else ""

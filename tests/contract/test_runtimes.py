@@ -49,7 +49,7 @@ def _seeded_weights(architecture: str, path: Path) -> None:
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[str], ModelBundle]:
     """A bundle by name, imported once."""
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxscript", reason="exports: the extra onnx")
     root = tmp_path_factory.mktemp("bundles")
     made: dict[str, ModelBundle] = {"tiny": load_bundle(tiny_model)}
 

@@ -81,6 +81,8 @@ def test_the_truth_is_in_the_set_as_often_as_promised_whatever_the_model(method:
         level = conformal_level(first, targets, error_rate=0.1, method=method)
         covered.append(prediction_sets(second, level, method=method)[np.arange(100), truth].mean())
     assert np.mean(covered) >= 0.9 - 3 * 0.004
+    if method == "lac":  # without ties no more than it needs; aps's sets are not randomised and may hold more
+        assert np.mean(covered) <= 0.9 + 1 / 101 + 3 * 0.004
 
 
 def test_too_few_images_give_sets_of_every_label() -> None:

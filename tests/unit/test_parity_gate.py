@@ -270,7 +270,7 @@ def test_a_memory_that_cannot_be_kept_is_done_without(
 
 def test_an_onnx_that_is_not_its_weights_is_never_published(tmp_path: Path) -> None:
     """The gate at export: the same architecture, other weights in the ONNX."""
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxscript", reason="exports: the extra onnx")
     import torch
     from eagleray.infer.export import export_onnx
     from eagleray.vision import backbones

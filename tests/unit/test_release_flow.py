@@ -19,6 +19,7 @@ from eagleray.flows.finetune import FinetuneConfig
 from eagleray.flows.finetune import run as finetune
 from eagleray.flows.ingest import IngestConfig
 from eagleray.flows.ingest import run as ingest
+from eagleray.flows.inspection import describe
 from eagleray.flows.release import ReleaseConfig, run
 from eagleray.flows.release_images import draw
 from eagleray.flows.release_plan import steps
@@ -137,6 +138,8 @@ def test_a_gate_that_fails_publishes_nothing_and_what_was_made_is_kept(stopped: 
     assert [row["is_passed"] for row in table["rows"]] == [True, False]
     assert "FAILED" in (root / "report.html").read_text("utf-8")
     assert not (root / "record.json").exists()
+    seen = describe(root)
+    assert (seen["kind"], seen["state"], len(seen["rows"])) == ("release", "stopped", 2)
 
 
 def test_what_passes_is_published_with_its_table_and_nothing_is_made_twice(

@@ -10,7 +10,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ KINDS = {
     "run.json": "scores",
     "metrics.json": "an evaluation",
     "certificate.json": "a certificate",
+    "release.json": "a release",
 }
 
 
@@ -43,7 +44,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: A folder, or a record.json.
 
     Returns:
-        ``kind`` (corpus, bundle, scores, evaluation, certificate, record) and what belongs to it, as JSON values.
+        ``kind`` (corpus, bundle, scores, evaluation, certificate, release, record) and what belongs to it, as JSON.
 
     Raises:
         DataError: There is nothing at the path.
@@ -64,11 +65,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _evaluation(path)
     if (path / "certificate.json").exists():
         return _certificate(path)
+    if (path / "release.json").exists():
+        return _release(path)
     if (path / "manifest.json").exists() or (path / "_ingest").is_dir():
         return _corpus(path)
     near = [f"{child} ({kind})" for child in sorted(path.iterdir()) if (kind := _kind(child))]
     raise ArtifactError(
-        f"{path} is no corpus, bundle, scores folder, evaluation, certificate or record",
+        f"{path} is no corpus, bundle, scores folder, evaluation, certificate, release or record",
         expected=f"a folder with one of {', '.join(KINDS)}, or a record.json",
         fix=f"inspect one of {', '.join(near[:4])}" if near else "check the path",
     )
@@ -171,18 +174,25 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 def _certificate(path: Path) -> dict[str, Any]:
     """The run of a certification; of the bundle, which lies elsewhere, the digest is told and not compared."""
-    found = _read_optional(path / "certificate.json")
     keep = ("kpi", "is_met", "policy", "claims", "objective", "split", "num_selection", "num_certification")
-    more = ("corpus", "model", "runtime", "certified_at")
-    listed = []
+    return _run_of(path, "certificate", (*keep, "corpus", "model", "runtime", "certified_at"))
+
+
+def _release(path: Path) -> dict[str, Any]:
+    """The run of a release: its table; the record is there once it is published."""
+    return _run_of(path, "release", ("state", "bundle", "digest", "rows", "notes", "cheapest", "ended_at"))
+
+
+def _run_of(path: Path, kind: str, keep: Sequence[str]) -> dict[str, Any]:
+    found, listed = _read_optional(path / f"{kind}.json"), []
     if (path / "record.json").exists():
         subjects = read_record(path / "record.json").subjects
         listed = [{"path": name, "sha256": digest} for name, digest in subjects.items() if "/" not in name]
     return {
-        "kind": "certificate",
+        "kind": kind,
         "path": str(path),
         "schema": found.get("schema"),
-        **{name: found.get(name) for name in (*keep, *more)},
+        **{name: found.get(name) for name in keep},
         "verified": _verify(path, listed)._asdict(),
     }
 
