@@ -11,11 +11,11 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from eagleray.core.config import Config
+from eagleray.flows.scoring_place import RuntimeName
 from eagleray.infer.classifier import Classifier
-from eagleray.infer.runtimes import RUNTIMES
 from eagleray.infer.runtimes.measure import candidates
 from eagleray.vision.bundle import load_bundle
 from eagleray.vision.images import ImageRefused, Limits, Reason
@@ -37,16 +37,9 @@ class PredictConfig(Config):
 
     images: tuple[str, ...] = Field(min_length=1)
     model: str
-    runtime: str = "auto"
+    runtime: RuntimeName = "auto"
     top_k: int = Field(5, ge=1, le=1000)
     threads: int = Field(1, ge=1)
-
-    @field_validator("runtime")
-    @classmethod
-    def _known_runtime(cls, value: str) -> str:
-        if value != "auto" and value not in RUNTIMES:
-            raise ValueError(f"unknown runtime; one of auto, {', '.join(RUNTIMES)}")
-        return value
 
 
 def run(config: PredictConfig) -> list[dict[str, Any]]:

@@ -11,12 +11,27 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
 LOG_EVERY_S = 10.0
 DRAW_EVERY_S = 0.2
+Note = Callable[[str], None]
 WINDOW_S = 20.0  # the rate shown is the mean over this window, so that a slow start does not weigh for ever
+
+
+def notes(*, is_quiet: bool) -> Note:
+    """What a flow tells a person in a line on stderr, or keeps to itself."""
+    return _silent if is_quiet else _say
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _silent(text: str) -> None:
+    """Says nothing."""
 
 
 class Progress:

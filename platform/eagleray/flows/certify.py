@@ -15,8 +15,6 @@ Example:
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,20 +30,19 @@ from eagleray.assure.kpi import parse
 from eagleray.assure.thresholds import Task, certify
 from eagleray.assure.utility import CostRule, cost_matrix
 from eagleray.core import storage
-from eagleray.core.config import Config
 from eagleray.core.errors import ConfigError, DataError, KpiNotMet
+from eagleray.core.progress import notes
 from eagleray.flows import evaluate
 from eagleray.flows.certify_pieces import Pieces, divide, split_name
 from eagleray.flows.evaluate import MOST_LABELS, SCORING, EvaluateConfig, Subject
+from eagleray.flows.scoring_place import ScoringPlace, scoring_place
 from eagleray.vision.splits import SplitRule
 
 SHOWN = 5
 OURS = (SCORING, "certificate.json", "record.json")
 
-Note = Callable[[str], None]
 
-
-class CertifyConfig(Config):
+class CertifyConfig(ScoringPlace):
     """What to certify, by which images, to where; the rest says how.
 
     Attributes:
@@ -85,21 +82,7 @@ class CertifyConfig(Config):
     costs: CostRule = Field(default_factory=CostRule)
     task: Literal["auto", "single_label", "multi_label"] = "auto"
     allow_unknown: bool = False
-    runtime: str = "auto"
-    address: str | None = None
-    workers: int = Field(0, ge=0)
-    num_cpus: float = Field(1.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0)
-    threads: int = Field(1, ge=1)
-    decode_threads: int | None = Field(None, ge=0)
-    batch_size: int = Field(32, ge=1, le=4096)
-    in_process_below: int = Field(256, ge=0)
     has_report: bool = True
-
-    @field_validator("runtime")
-    @classmethod
-    def _known_runtime(cls, value: str) -> str:
-        return EvaluateConfig._known_runtime(value)
 
     @field_validator("out")
     @classmethod
@@ -158,7 +141,7 @@ def run(config: CertifyConfig, *, is_quiet: bool = False, is_live: bool | None =
     """
     from eagleray.flows import certify_outputs
 
-    note: Note = _silent if is_quiet else _say
+    note = notes(is_quiet=is_quiet)
     plan = resolve(config)
     _refuse_foreign(plan.root)
     key = certify_outputs.key(plan)
@@ -185,13 +168,13 @@ def resolve(config: CertifyConfig) -> Plan:
     Raises:
         ConfigError, DataError, ArtifactError: As ``run`` says.
     """
-    same = ("corpus", "model", "splits", "task", "allow_unknown", "runtime", "address", "workers", "num_cpus")
-    more = ("num_gpus", "threads", "decode_threads", "batch_size", "in_process_below", "seed")
+    same = ("corpus", "model", "splits", "task", "allow_unknown", "seed")
     asked = EvaluateConfig(
         out=str(config.run_folder),
         split=split_name(config.corpus, config.split, config.splits),
         allow_missing=True,
-        **{name: getattr(config, name) for name in (*same, *more)},
+        **{name: getattr(config, name) for name in same},
+        **scoring_place(config),
     )
     subject = evaluate.resolve(asked, can_allow=False)
     bundle = subject.bundle
@@ -343,11 +326,3 @@ def _refuse_foreign(root: Path) -> None:
             expected="a new or empty folder, or the folder of the run to resume",
             fix="give another --out",
         )
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _silent(text: str) -> None:
-    """Says nothing."""

@@ -16,8 +16,7 @@ Example:
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,10 @@ from eagleray.assure.scored_answers import ScoredAnswers, read_answers
 from eagleray.assure.slices import NO_VALUE, Slicing, slice_by
 from eagleray.core import storage
 from eagleray.core.errors import ConfigError, DataError
+from eagleray.core.progress import notes
 from eagleray.flows import score
 from eagleray.flows.evaluate_subject import COMPARED, SCORING, SHOWN, EvaluateConfig, Subject, names_of, resolve
+from eagleray.flows.scoring_place import scoring_place
 from eagleray.vision.bootstrap import Resampling
 from eagleray.vision.bundle import ModelBundle
 from eagleray.vision.inputs import Selection
@@ -52,8 +53,6 @@ __all__ = [
 ]
 
 MOST_LABELS = 1000  # of a row that scoring keeps
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def run_on(subject: Subject, *, is_quiet: bool = False, is_live: bool | None = N
     """``run`` for a subject that is resolved already."""
     from eagleray.flows import evaluate_outputs
 
-    note: Note = _silent if is_quiet else _say
+    note = notes(is_quiet=is_quiet)
     for sentence in subject.warnings:
         note(f"warning: {sentence}")
     _refuse_foreign(subject.root)
@@ -150,15 +149,13 @@ def _read(subject: Subject, place: str, bundle: ModelBundle) -> ScoredAnswers:
 def _score_config(subject: Subject, place: str, bundle: ModelBundle) -> score.ScoreConfig:
     """Every label's probability is kept: ROC-AUC, mAP and top-5 need more than the first answer."""
     asked = subject.config
-    same = ("runtime", "address", "workers", "num_cpus", "num_gpus", "threads", "decode_threads", "batch_size")
     return score.ScoreConfig(
         source=asked.corpus,
         model=str(bundle.path),
         out=str(subject.root / place),
         top_k=min(MOST_LABELS, len(bundle.labels)),
-        in_process_below=asked.in_process_below,
         has_report=False,
-        **{name: getattr(asked, name) for name in same},
+        **scoring_place(asked),
     )
 
 
@@ -216,11 +213,3 @@ def targets_of(subject: Subject, bundle: ModelBundle | None = None) -> np.ndarra
     targets = np.zeros((int(subject.keep.sum()), len(place)), bool)
     targets[rows, classes] = True
     return targets
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _silent(text: str) -> None:
-    """Says nothing."""

@@ -20,9 +20,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from eagleray.assure.slices import MINIMUM
-from eagleray.core.config import Config
 from eagleray.core.errors import ConfigError, DataError
-from eagleray.infer.runtimes import RUNTIMES
+from eagleray.flows.scoring_place import ScoringPlace
 from eagleray.vision.bundle import ModelBundle, load_bundle
 from eagleray.vision.corpus import ShardManifest, open_corpus
 from eagleray.vision.splits import ALL, CorpusIndex, SplitRule, Splits, assign, check_classes, check_leaks, read_index
@@ -32,7 +31,7 @@ COMPARED = "scoring-compared"  # that of the bundle to compare with
 SHOWN = 5  # examples in a message
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(ScoringPlace):
     """What to judge, by which images, to where; the rest says how.
 
     Attributes:
@@ -70,15 +69,6 @@ class EvaluateConfig(Config):
     allow_leaks: bool = False
     allow_missing: bool = False
     allow_unknown: bool = False
-    runtime: str = "auto"
-    address: str | None = None
-    workers: int = Field(0, ge=0)
-    num_cpus: float = Field(1.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0)
-    threads: int = Field(1, ge=1)
-    decode_threads: int | None = Field(None, ge=0)
-    batch_size: int = Field(32, ge=1, le=4096)
-    in_process_below: int = Field(256, ge=0)
     has_report: bool = True
     by: tuple[str, ...] = ()
     min_slice: int = Field(MINIMUM, ge=1)
@@ -90,13 +80,6 @@ class EvaluateConfig(Config):
         """Takes "site,device" as a command line gives it."""
         words = value.split(",") if isinstance(value, str) else value
         return tuple(dict.fromkeys(word.strip() for word in words)) if isinstance(words, list | tuple) else words
-
-    @field_validator("runtime")
-    @classmethod
-    def _known_runtime(cls, value: str) -> str:
-        if value != "auto" and value not in RUNTIMES:
-            raise ValueError(f"unknown runtime; one of auto, {', '.join(RUNTIMES)}")
-        return value
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from eagleray.core.errors import ConfigError, DataError
 from eagleray.flows.score import ScoreConfig
+from eagleray.flows.scoring_place import RuntimeName
 from eagleray.flows.training_config import AUTO, TrainingConfig
 from eagleray.flows.training_data import Chosen, choose, with_validation
 from eagleray.flows.training_run import Made, Run
-from eagleray.infer.runtimes import RUNTIMES
 from eagleray.learn.distill_settings import DistillSettings
 from eagleray.vision.bundle import HEAD, load_bundle
 
@@ -90,15 +90,8 @@ class FinetuneConfig(TrainingConfig):
     judge: str = AUTO
     teacher: str | None = Field(None, min_length=1)
     distill: DistillSettings = DistillSettings()
-    runtime: str = "auto"
+    runtime: RuntimeName = "auto"
     in_process_below: int = Field(256, ge=0)
-
-    @field_validator("runtime")
-    @classmethod
-    def _known_runtime(cls, value: str) -> str:
-        if value != "auto" and value not in RUNTIMES:
-            raise ValueError(f"unknown runtime; one of auto, {', '.join(RUNTIMES)}")
-        return value
 
     @model_validator(mode="after")
     def _can_be_taught(self) -> FinetuneConfig:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,7 +29,7 @@ from eagleray.core import storage
 from eagleray.core.commits import LEDGER, Ledger, collect_garbage
 from eagleray.core.config import Config, digest, digest_json
 from eagleray.core.errors import ConfigError, DataError, RunIncomplete
-from eagleray.core.progress import Progress
+from eagleray.core.progress import Progress, notes
 from eagleray.flows.pool import Pool
 from eagleray.flows.units import map_units
 from eagleray.vision import sources
@@ -146,7 +145,7 @@ def run(config: IngestConfig, *, is_quiet: bool = False, is_live: bool | None = 
         StorageError: No space, no permission, no answer; what was committed stays.
         RunIncomplete: The totals do not balance.
     """
-    note = _silent if is_quiet else _say
+    note = notes(is_quiet=is_quiet)
     root = Path(config.out.removeprefix("file://"))
     _refuse_foreign(root, config)
     if not is_corpus(root) and not (root / HOME / MARKER).exists():
@@ -328,11 +327,3 @@ def _clean(corpus: ShardManifest) -> None:
     collect_garbage(corpus.path, SHARDS, {"parts": corpus.shards})
     for path in corpus.path.glob(f"{storage.ASIDE}*"):  # half a file of a command that was killed
         path.unlink(missing_ok=True)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _silent(text: str) -> None:
-    """Says nothing."""

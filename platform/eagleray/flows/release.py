@@ -14,9 +14,7 @@ Example:
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from eagleray.assure.release_table import Gate, StepRow
 from eagleray.core import storage
 from eagleray.core.config import digest_json
 from eagleray.core.errors import ConfigError, DataError, EagleError, KpiNotMet
+from eagleray.core.progress import Note, notes
 from eagleray.flows import release_outputs
 from eagleray.flows.release_judgement import Bench
 from eagleray.flows.release_plan import ReleaseConfig, Step, steps
@@ -43,8 +42,6 @@ __all__ = ["ReleaseConfig", "run"]
 MADE, ROW = "made.json", "row.json"
 PARENT = "0-parent"
 SCHEMA = 1  # of what a step leaves: another number makes it anew
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def run(config: ReleaseConfig, *, is_quiet: bool = False, is_live: bool | None =
         ArtifactError: A bundle or the corpus does not hold.
         TrainingDiverged, StorageError, ClusterError: As they say; the same command resumes.
     """
-    note: Note = _silent if is_quiet else _say
+    note = notes(is_quiet=is_quiet)
     parent, asked = load_bundle(config.model), steps(config)
     key = _key(config, parent, asked)
     _refuse_occupied(config, key)
@@ -269,11 +266,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError, EagleError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _silent(text: str) -> None:
-    """Says nothing."""

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from eagleray.assure.release_table import Limits
 from eagleray.core.config import Config
+from eagleray.flows.scoring_place import RuntimeName
 from eagleray.infer.runtimes import RUNTIMES
 from eagleray.vision.bundle import HEAD, SAFETENSORS, ModelBundle, load_bundle
 from eagleray.vision.splits import SplitRule
@@ -80,7 +81,7 @@ class ReleaseConfig(Config):
     turn_s: float = Field(0.3, gt=0)
     threads: int = Field(1, ge=1)
     engines: tuple[str, ...] = ()
-    runtime: str = "auto"
+    runtime: RuntimeName = "auto"
     address: str | None = None
     workers: int = Field(0, ge=0)
     num_cpus: float = Field(1.0, gt=0)
@@ -95,13 +96,6 @@ class ReleaseConfig(Config):
         unknown = [name for name in value if name not in RUNTIMES]
         if unknown:
             raise ValueError(f"unknown engines {', '.join(unknown)}; any of {', '.join(RUNTIMES)}")
-        return value
-
-    @field_validator("runtime")
-    @classmethod
-    def _known_runtime(cls, value: str) -> str:
-        if value != "auto" and value not in RUNTIMES:
-            raise ValueError(f"unknown runtime; one of auto, {', '.join(RUNTIMES)}")
         return value
 
     @model_validator(mode="after")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,15 +20,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from eagleray.core import storage
 from eagleray.core.commits import Ledger
-from eagleray.core.config import Config, digest_json
+from eagleray.core.config import digest_json
 from eagleray.core.errors import ConfigError
-from eagleray.core.progress import Progress
+from eagleray.core.progress import Progress, notes
 from eagleray.core.tables import find
 from eagleray.flows.pool import Pool, cores
+from eagleray.flows.scoring_place import ScoringPlace
 from eagleray.flows.units import map_units
 from eagleray.infer.runtimes import RUNTIMES
 from eagleray.infer.scoring import ScoreSettings
@@ -41,24 +41,15 @@ WORKER = "eagleray.infer.scoring:ShardScorer"
 CPU_DECODE_THREADS = 2  # of a worker that owns one core: they read ahead while the engine runs
 
 
-class ScoreConfig(Config):
-    """What to score, with what, to where; the rest says how.
+class ScoreConfig(ScoringPlace):
+    """What to score, with what, to where; the rest says how, with the fields of ScoringPlace.
 
     Attributes:
         source: A corpus, or what `ingest` takes.
         model: A bundle's folder.
         out: The run's folder: new, empty, or of a run over the same source.
-        runtime: ``auto`` or a name of RUNTIMES.
         top_k: Labels a row.
         embeddings: Write the embedding column (float16).
-        address: A Ray cluster; default RAY_ADDRESS, else an embedded one.
-        workers: Workers; 0 = one per core or accelerator.
-        num_cpus: Logical CPUs a worker holds on Ray.
-        num_gpus: Accelerators a worker holds on Ray; above 0 the engine runs on CUDA.
-        threads: Engine threads a worker.
-        decode_threads: Decoding threads a worker; none = by device, 0 = decode in turn with the engine.
-        batch_size: Images an engine call takes.
-        in_process_below: Fewer images than this are scored on this machine without Ray.
         hang_timeout_s: A decode without progress for so long ends its worker.
         memory_mib: Data memory a CPU worker may add; 0 = no limit.
         max_pixels, max_side_px, max_file_mib: Caps on one image.
@@ -68,30 +59,14 @@ class ScoreConfig(Config):
     source: str
     model: str
     out: str
-    runtime: str = "auto"
     top_k: int = Field(5, ge=1, le=1000)
     embeddings: bool = False
-    address: str | None = None
-    workers: int = Field(0, ge=0)
-    num_cpus: float = Field(1.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0)
-    threads: int = Field(1, ge=1)
-    decode_threads: int | None = Field(None, ge=0)
-    batch_size: int = Field(32, ge=1, le=4096)
-    in_process_below: int = Field(256, ge=0)
     hang_timeout_s: float = Field(20.0, gt=0)
     memory_mib: int = Field(4096, ge=0)
     max_pixels: int = Field(Limits().max_pixels, ge=1)
     max_side_px: int = Field(Limits().max_side_px, ge=1)
     max_file_mib: int = Field(Limits().max_bytes // 2**20, ge=1)
     has_report: bool = True
-
-    @field_validator("runtime")
-    @classmethod
-    def _known_runtime(cls, value: str) -> str:
-        if value != "auto" and value not in RUNTIMES:
-            raise ValueError(f"unknown runtime; one of auto, {', '.join(RUNTIMES)}")
-        return value
 
 
 @dataclass(frozen=True)
@@ -147,7 +122,7 @@ def run(
     """
     from eagleray.flows import score_outputs
 
-    note = _silent if is_quiet else _say
+    note = notes(is_quiet=is_quiet)
     bundle = load_bundle(config.model)
     _refuse_foreign(Path(config.out))
     root = storage.make_folder(config.out)
@@ -314,11 +289,3 @@ def _decode_threads(config: ScoreConfig) -> int:
     if config.decode_threads is not None:
         return config.decode_threads
     return cores() if config.num_gpus else CPU_DECODE_THREADS
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _silent(text: str) -> None:
-    """Says nothing."""
