@@ -200,9 +200,7 @@ def rows_of(contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
         for engine, rates in one.rates.items():
             ratios = [mine / theirs for mine, theirs in zip(rates, parent.rates["onnx"], strict=True)]
             change = one.row.get("change") or {}
-            bounds = (
-                [100 * change[key] for key in ("value", "low", "high")] if change.get("value") is not None else None
-            )
+            points = [100 * change[key] for key in ("value", "low", "high")] if change.get("low") is not None else None
             rows.append(
                 {
                     "name": one.name,
@@ -212,7 +210,7 @@ def rows_of(contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
                     "ratio": statistics.median(ratios),
                     "least": min(ratios),
                     "most": max(ratios),
-                    "points": None if None in bounds else [100 * bound for bound in bounds],
+                    "points": points,
                     "is_best": engine == one.best,
                 }
             )

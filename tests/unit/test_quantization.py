@@ -86,14 +86,15 @@ def test_every_graph_engine_answers_as_fp32_does(
     assert sqnr_db(expected, found) >= least_db
 
 
-def test_a_graph_computes_what_a_slow_fake_quantised_convolution_does(tmp_path: Path) -> None:
+def _convolution(path: Path, *, pad: int = 0) -> tuple[ModelBundle, np.ndarray, np.ndarray]:
+    """A bundle of one convolution and a mean over places; its weights and biases."""
     generator = np.random.default_rng(1)
     weight = (
         generator.normal(0, 0.3, (6, 3, 2, 2)).astype(np.float32) * np.array([1, 9, 0.1, 1, 3, 1])[:, None, None, None]
     )
     bias = generator.normal(0, 0.1, 6).astype(np.float32)
     nodes = [
-        helper.make_node("Conv", ["image", "w", "b"], ["c"], name="conv", strides=[2, 2]),
+        helper.make_node("Conv", ["image", "w", "b"], ["c"], name="conv", strides=[2, 2], pads=[pad] * 4),
         helper.make_node("GlobalAveragePool", ["c"], ["p"], name="pool"),
         helper.make_node("Flatten", ["p"], ["logits"], name="flat"),
     ]
@@ -107,12 +108,46 @@ def test_a_graph_computes_what_a_slow_fake_quantised_convolution_does(tmp_path: 
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
     spec = ImageSpec(height=4, width=4)
     labels = tuple(Label(one, one) for one in "abcdef")
-    bundle = save_bundle(
-        tmp_path / "b", ModelBundle(architecture="onnx", labels=labels, image_spec=spec), {"model.onnx": data}
-    )
-    pixels = np.random.default_rng(2).integers(0, 256, (16, 4, 4, 3), dtype=np.uint8)
-    made = quantize(bundle, [pixels], settings=QuantizationSettings(reduce_range=False))
-    x = normalize(pixels, spec)
+    bundle = save_bundle(path, ModelBundle(architecture="onnx", labels=labels, image_spec=spec), {"model.onnx": data})
+    return bundle, weight, bias
+
+
+def _some_pixels() -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 256, (16, 4, 4, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("form", ["int8", "uint8"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_rounded_weights_with_corrected_biases_have_no_mean_error(tmp_path: Path, pad: int, form: Any) -> None:
+    bundle, _, bias = _convolution(tmp_path / "b", pad=pad)
+    pixels = _some_pixels()
+    made = quantize(bundle, [pixels], settings=QuantizationSettings(reduce_range=True, activations=form))
+    known = {one.name: numpy_helper.to_array(one) for one in onnx.load_from_string(made.data).graph.initializer}
+    rounded = known["w_quantized"].astype(np.float32) * known["w_scale"].reshape(-1, 1, 1, 1)
+
+    def mean_error(biases: np.ndarray) -> np.ndarray:
+        """Over images and places, with exact activations: in the float graph."""
+        model = onnx.load_from_string(bundle.read_verified("model.onnx"))
+        del model.graph.initializer[:]
+        model.graph.initializer.extend([numpy_helper.from_array(rounded, "w"), numpy_helper.from_array(biases, "b")])
+        child = save_bundle(
+            tmp_path / f"{biases[0]}", replace(bundle, files={}), {"model.onnx": model.SerializeToString()}
+        )
+        return np.abs((_logits_of(child, pixels) - _logits_of(bundle, pixels)).mean(axis=0))
+
+    assert mean_error(known["conv_corrected"]).max() <= 1e-5  # float32 sums of some dozens of values up to 10
+    assert mean_error(bias).max() >= 1e-3
+
+
+def _logits_of(bundle: ModelBundle, pixels: np.ndarray) -> np.ndarray:
+    return resolve(RUNTIMES, "onnx", what="runtime")(bundle, threads=1).run(pixels).logits
+
+
+def test_a_graph_computes_what_a_slow_fake_quantised_convolution_does(tmp_path: Path) -> None:
+    bundle, weight, bias = _convolution(tmp_path / "b")
+    pixels = _some_pixels()
+    made = quantize(bundle, [pixels], settings=QuantizationSettings(reduce_range=False, correct_bias=False))
+    x = normalize(pixels, bundle.image_spec)
     scale = np.abs(x).max() / 127
     x8 = np.clip(np.round(x / scale), -128, 127) * scale
     scales = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127
@@ -123,7 +158,7 @@ def test_a_graph_computes_what_a_slow_fake_quantised_convolution_does(tmp_path: 
             taps = [(x8[n, :, i : i + 2, j : j + 2] * w8[k]).sum() + bias[k] for i in (0, 2) for j in (0, 2)]
             expected[n, k] = np.mean(taps)
     child = save_bundle(tmp_path / "c", replace(bundle, files={}, precision="int8"), {"model.onnx": made.data})
-    found = resolve(RUNTIMES, "onnx", what="runtime")(child, threads=1).run(pixels).logits
+    found = _logits_of(child, pixels)
     # a tie of a rounding may fall to either side in float32: one step of one tap
     assert np.abs(found - expected).max() <= scale * scales.max() * 127
 

@@ -26,6 +26,7 @@ from typing import Any
 from eagleray.core import processor
 from eagleray.core.errors import ArtifactError, ConfigError
 from eagleray.infer.quantization.calibration import Pixels, Range, calibrate
+from eagleray.infer.quantization.correction import correct, mean_inputs
 from eagleray.infer.quantization.graph import Layer, layers, prepare, serialize
 from eagleray.infer.quantization.half import half
 from eagleray.infer.quantization.placement import place, place_dynamic, refuse_per_tensor, tensors
@@ -36,7 +37,7 @@ from eagleray.infer.quantization.settings import (
     QuantizationTable,
     Quantized,
 )
-from eagleray.infer.runtimes import Uint8
+from eagleray.infer.runtimes import Float32, Uint8
 from eagleray.vision.bundle import ONNX, ModelBundle
 
 __all__ = ["LayerFate", "QuantizationSettings", "QuantizationTable", "Quantized", "quantize", "to_fp16"]
@@ -54,6 +55,7 @@ class Work:
         is_reduced: Weights of 7 bits.
         pixels: The calibration images.
         ranges: Of activations; empty for the dynamic scheme.
+        means: Of what layers are given; empty where biases are not corrected.
     """
 
     bundle: ModelBundle
@@ -63,6 +65,7 @@ class Work:
     is_reduced: bool
     pixels: Pixels
     ranges: dict[str, Range]
+    means: dict[str, Float32]
 
     @property
     def open_layers(self) -> tuple[Layer, ...]:
@@ -75,7 +78,7 @@ class Work:
         if settings.scheme == "dynamic":
             model = place_dynamic(self.model, self.layers, settings, is_reduced=self.is_reduced)
         else:
-            model = place(self.model, names, self.ranges, settings, is_reduced=self.is_reduced)
+            model = self._placed(names)
         return serialize(model, {"precision": "int8"})
 
     def rank(self) -> dict[str, float]:
@@ -83,9 +86,14 @@ class Work:
         spec, settings = self.bundle.image_spec, self.settings
 
         def alone(name: str) -> Any:
-            return place(self.model, [name], self.ranges, settings, is_reduced=self.is_reduced)
+            return self._placed([name])
 
         return rank(self.model, self.open_layers, alone, pixels=self.pixels, spec=spec, threads=settings.threads)
+
+    def _placed(self, names: list[str]) -> Any:
+        """The graph with these layers in 8 bits, their biases corrected."""
+        model = place(self.model, names, self.ranges, self.settings, is_reduced=self.is_reduced)
+        return correct(model, self.model, self.means) if self.means else model
 
 
 def quantize(
@@ -198,7 +206,10 @@ def _begin(
     ranges: dict[str, Range] = {}
     if settings.scheme == "static":
         ranges = calibrate(model, tensors(model, found, settings), pixels, spec, settings)
-    return Work(bundle, model, found, settings, is_reduced, pixels, ranges)
+    means: dict[str, Float32] = {}
+    if settings.scheme == "static" and settings.correct_bias:
+        means = mean_inputs(model, found, pixels.kept, spec, threads=settings.threads)
+    return Work(bundle, model, found, settings, is_reduced, pixels, ranges, means)
 
 
 def _fate(layer: Layer, work: Work, is_float: frozenset[str], found: Found | None) -> LayerFate:

@@ -29,11 +29,12 @@ class QuantizationSettings(Config):
         max_images: Images of the calibration split that are used, at most.
         per_channel: A scale for each output channel of a weight.
         reduce_range: Weights of 7 bits; None: where this CPU's 8-bit dot products overflow (x86 without VNNI).
+        correct_bias: Take the mean error of rounded weights out of the biases.
         keep_float: Names of layers that stay float whatever they cost.
         max_drop_points: Accuracy that may be lost, in points (hundredths).
         max_float_share: Of the layers, how many the search may leave float.
         max_evaluations: Of accuracy, by the search, the parent's included.
-        sensitivity_images: Images by which layers are ranked.
+        sensitivity_images: Images by which layers are ranked and biases corrected.
         threads: Of the engine that calibrates.
     """
 
@@ -44,6 +45,7 @@ class QuantizationSettings(Config):
     max_images: int = Field(256, ge=1, le=100_000)
     per_channel: bool = True
     reduce_range: bool | None = None
+    correct_bias: bool = True
     keep_float: tuple[str, ...] = ()
     max_drop_points: float = Field(0.5, ge=0, le=100)
     max_float_share: float = Field(0.5, ge=0, le=1)
