@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eagleray.core.errors import ArtifactError, CapabilityError
-from eagleray.core.tables import installed
+from eagleray.core.errors import ArtifactError, CapabilityError, EagleError
+from eagleray.core.tables import installed, resolve
 from eagleray.infer.classifier import Classifier
 from eagleray.infer.parity import TOLERANCES, check_parity, prove
+from eagleray.infer.probes import generated_images
+from eagleray.infer.quantization import QuantizationSettings, quantize, to_fp16
 from eagleray.infer.runtimes import RUNTIMES
+from eagleray.infer.runtimes.measure import candidates
 from eagleray.infer.runtimes.memory import graphics
 from eagleray.vision.bundle import ONNX, PROBES, SAFETENSORS, ModelBundle, load_bundle, save_bundle
 from safetensors.numpy import load, save
@@ -42,6 +45,42 @@ def subjects(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict
 
 def _subject(subjects: dict[str, ModelBundle], runtime: str) -> ModelBundle:
     return subjects["torch" if runtime == "torch" else "onnx"]
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8", "uint8"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_runtime_answers_each_precision_that_it_claims_and_refuses_the_others(
+    runtime: str, form: str, subjects: dict[str, ModelBundle], tmp_path: Path
+) -> None:
+    """The probes stay the FP32 model's: what less precision may change is bounded by TOLERANCES, in any batch."""
+    parent = subjects["onnx"]
+    if form == "fp16":
+        data, precision = to_fp16(parent), "fp16"
+    else:
+        settings = QuantizationSettings(activations=form, reduce_range=True)
+        data, precision = (
+            quantize(parent, [generated_images(parent.image_spec, 48, seed=1)], settings=settings).data,
+            "int8",
+        )
+    draft = replace(parent, files={}, precision=precision)
+    bundle = save_bundle(tmp_path / "b", draft, {ONNX: data}, probes=parent.path / PROBES)
+    if runtime == "tensorrt":
+        _refuses(bundle, runtime)
+        return
+    if runtime not in candidates(bundle):
+        assert runtime == "torch"  # eager torch runs fp32 weights alone
+        with pytest.raises(EagleError):
+            Classifier(bundle, runtime)
+        return
+    parity = check_parity(bundle, runtime)
+    assert (parity.engine, parity.precision, parity.num_probes) == (runtime, precision, 16)
+    assert parity.is_passed, parity
+    engine = resolve(RUNTIMES, runtime, what="runtime")(bundle, threads=1)
+    pixels = generated_images(bundle.image_spec, 11, seed=2)
+    alone = np.concatenate([engine.run(pixels[at : at + 1]).logits for at in range(len(pixels))])
+    # another batch takes other kernels; a value at the edge between two steps may then fall to either side
+    assert np.abs(engine.run(pixels).logits - alone).max() <= 0.05 * np.abs(alone).max()
+    assert (engine.run(pixels).logits.argmax(1) == alone.argmax(1)).mean() >= 0.9
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

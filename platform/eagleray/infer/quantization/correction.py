@@ -77,8 +77,9 @@ def correct(quantized: Any, original: Any, means: Mapping[str, Float32]) -> Any:
         weight = numpy_helper.to_array(floats[parent.input[1]])
         error = _mean_error(node, _dequantized(rounded, held) - weight, mean)
         shifted = (0.0 if bias is None else bias.astype(np.float64)) - error
-        quantized.graph.initializer.append(numpy_helper.from_array(shifted.astype(np.float32), f"{node.name}_corrected"))
-        _take_bias(quantized.graph, node, name, f"{node.name}_corrected")
+        corrected = f"{node.name}_corrected"
+        quantized.graph.initializer.append(numpy_helper.from_array(shifted.astype(np.float32), corrected))
+        _take_bias(quantized.graph, node, name, corrected)
     return quantized
 
 
