@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eagleray.core.tables import installed
+from eagleray.core.tables import installed, resolve
 from eagleray.infer.classifier import Classifier
-from eagleray.infer.export import export_onnx
+from eagleray.infer.export import export_onnx, reweigh
 from eagleray.infer.runtimes import RUNTIMES
 from eagleray.infer.runtimes.measure import candidates
-from eagleray.vision.bundle import SAFETENSORS, ModelBundle, load_bundle, save_bundle
+from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle, load_bundle, save_bundle
 from eagleray.vision.images import decode
 from eagleray.vision.imports import ImportConfig, import_model
 
@@ -112,6 +112,37 @@ def test_runtimes_agree(name: str, bundles: Callable[[str], ModelBundle], pictur
         assert np.abs(answer.embedding - reference.embedding).max() <= PARITY * max(
             1, np.abs(reference.embedding).max()
         )
+
+
+def _is_as_exported(bundle: ModelBundle, model: Any, pixels: np.ndarray, path: Path) -> bool | None:
+    """Whether a model in the bundle's graph answers as its own export does; None where the graph cannot take it."""
+    quick = reweigh(bundle, model, bundle)
+    if quick is None:
+        return None
+    answers = []
+    for name, data in {"quick": quick, "whole": export_onnx(model, bundle)}.items():
+        made = save_bundle(path / name, replace(bundle, files={}), {ONNX: data})
+        answers.append(resolve(RUNTIMES, "onnx", what="runtime")(made, threads=1).run(pixels).logits)
+    return bool((answers[0] == answers[1]).all())
+
+
+@pytest.mark.parametrize("name", [*TIMM, "lite0"])
+def test_a_new_head_in_the_old_graph_is_what_an_export_gives(
+    name: str, bundles: Callable[[str], ModelBundle], pictures: list[bytes], tmp_path: Path
+) -> None:
+    import torch
+    from eagleray.infer.runtimes.torch_eager import load_model
+
+    bundle = bundles(name)
+    model = load_model(bundle).model
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(0.5)
+        model.get_classifier().bias.add_(1)
+    assert _is_as_exported(bundle, model, _pixels(bundle, pictures), tmp_path / "head")
+    with torch.no_grad():  # held by a convolution with its batch norm: traced again; else as it is
+        next(model.parameters()).mul_(2)
+    assert _is_as_exported(bundle, model, _pixels(bundle, pictures), tmp_path / "first") is not False
+    assert reweigh(bundle, model, replace(bundle, image_spec=replace(bundle.image_spec, height=SIZE * 2))) is None
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,7 @@ from eagleray.infer.classifier import PREDICT_BATCH, Classifier
 from eagleray.infer.probabilities import sigmoid, softmax, top_k
 from eagleray.infer.runtimes import Outputs, measure, run_in_chunks
 from eagleray.vision.bundle import ModelBundle, load_bundle, save_bundle
-from eagleray.vision.images import Reason, decode
+from eagleray.vision.images import ImageSpec, Reason, decode
 from eagleray.vision.prediction import ThresholdPolicy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -268,6 +268,18 @@ def test_auto_measures_again_for_other_threads_engines_or_models(
     monkeypatch.setattr(measure.processor, "identity", lambda: {"model": "another", "flags": ""})
     measure.choose_runtime(bundle, threads=1)
     assert len(measured) == 4
+
+
+def test_auto_remembers_an_architecture_whatever_its_weights(
+    tiny_model: Path, tmp_path: Path, measured: list[dict[str, Any]]
+) -> None:
+    draft = replace(load_bundle(tiny_model), architecture="resnet10t")
+    files = {"model.onnx": tiny_model / "model.onnx"}
+    measure.choose_runtime(save_bundle(tmp_path / "one", draft, files), threads=1)
+    other = save_bundle(tmp_path / "two", replace(draft, labels=draft.labels[::-1]), files)
+    assert measure.choose_runtime(other, threads=1).is_remembered
+    larger = save_bundle(tmp_path / "three", replace(draft, image_spec=ImageSpec(64, 64)), files)
+    assert not measure.choose_runtime(larger, threads=1).is_remembered
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"measured": {"onnx": "fast"}}', '{"measured": {"onnx": 1}}'])

@@ -23,6 +23,7 @@ from eagleray.flows.train import already_done, refuse_other
 from eagleray.flows.training_config import feed_settings, train_settings
 from eagleray.flows.training_data import Chosen, counts_in_words
 from eagleray.flows.training_run import Run, opened
+from eagleray.vision.bundle import load_bundle
 from eagleray.vision.inputs import Selection
 
 if TYPE_CHECKING:
@@ -54,13 +55,14 @@ def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | 
         about = {"images": len(chosen.index), "corpus_digest": chosen.corpus.digest}
         head_of_run = {**training_outputs.head(run, key), **about}
         training_outputs.write_state(run, {**head_of_run, "state": "running"})
-        features = make_features(run, config, chosen, point, is_quiet=is_quiet, is_live=is_live)
+        like = load_bundle(_backbone(run, config, chosen, point))
+        features = make_features(run, config, chosen, like.path, is_quiet=is_quiet, is_live=is_live)
         head, figures = fit(run, config, chosen, features)
         from eagleray.learn.head import put_head
 
         put_head(point.model, head)
         made = finetune_start.made_of(config, chosen, point)
-        bundle = training_outputs.write_bundle(run, key, chosen.index, made)
+        bundle = training_outputs.write_bundle(run, key, chosen.index, made, like=like)
         ended = {"state": "finished", "step": figures.pop("step", 0), "fit": figures, "where": dict(run.where)}
         return training_outputs.close(
             run, key, bundle, {**head_of_run, **ended, **judge(run, config, chosen, is_quiet=is_quiet)}
@@ -68,18 +70,22 @@ def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | 
 
 
 def make_features(
-    run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint, *, is_quiet: bool, is_live: bool | None
+    run: Run, config: FinetuneConfig, chosen: Chosen, backbone: Path, *, is_quiet: bool, is_live: bool | None
 ) -> NDArray[np.float32]:
     """float32 (N, D): the embedding of each chosen image."""
     from eagleray.learn.features import read_features
 
-    is_same = "bundle" in point.parent and config.size_px is None and config.head != "new"
-    model = config.parent if is_same else str(_save_backbone(run, config, chosen, point))
-    asked = finetune_start.score_config(run, config, model=model, folder=FEATURES, top_k=1, embeddings=True)
+    asked = finetune_start.score_config(run, config, model=str(backbone), folder=FEATURES, top_k=1, embeddings=True)
     said = score.run(asked, selection=Selection(_mask(config, chosen)), is_quiet=is_quiet, is_live=is_live)
     run.where.update(said["where"])
     append_line(run.folder.starts, {"attempt": 0, "step": 0, "world_size": 1, "at": round(time.time(), 3)})
     return read_features(run.folder.root / FEATURES, chosen.index)
+
+
+def _backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Path:
+    """The bundle that gives the features: the parent itself, or the model before its first step."""
+    is_same = "bundle" in point.parent and config.size_px is None and config.head != "new"
+    return Path(config.parent) if is_same else _save_backbone(run, config, chosen, point)
 
 
 def _mask(config: FinetuneConfig, chosen: Chosen) -> NDArray[np.bool_]:

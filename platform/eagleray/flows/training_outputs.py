@@ -172,8 +172,18 @@ def summary(value: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_bundle(run: Run, key: Mapping[str, Any], index: CorpusIndex, made: Made) -> ModelBundle:
-    """Saves the model as the run's bundle, at ``out``, with a probe set; ``index`` is of what it was trained on."""
+def write_bundle(
+    run: Run, key: Mapping[str, Any], index: CorpusIndex, made: Made, *, like: ModelBundle | None = None
+) -> ModelBundle:
+    """Saves the model as the run's bundle, at ``out``, with a probe set.
+
+    Args:
+        run: The run.
+        key: What makes it this one.
+        index: Of what it was trained on.
+        made: The model.
+        like: A bundle whose ONNX may differ in some weights only, if there is one.
+    """
     from eagleray.infer.parity import prove
 
     lineage = {
@@ -187,7 +197,7 @@ def write_bundle(run: Run, key: Mapping[str, Any], index: CorpusIndex, made: Mad
     }
     config = run.config
     images = probe_images(index, made.spec) if config.probe_images == "corpus" else None
-    return save_made(config.out, made, lineage, probes=lambda bundle: prove(bundle, images))
+    return save_made(config.out, made, lineage, probes=lambda bundle: prove(bundle, images), like=like)
 
 
 def probe_images(index: CorpusIndex, spec: ImageSpec) -> Uint8 | None:
@@ -215,10 +225,16 @@ def probe_images(index: CorpusIndex, spec: ImageSpec) -> Uint8 | None:
 
 
 def save_made(
-    path: str | Path, made: Made, lineage: Mapping[str, Any], *, has_onnx: bool = True, probes: Prove | None = None
+    path: str | Path,
+    made: Made,
+    lineage: Mapping[str, Any],
+    *,
+    has_onnx: bool = True,
+    probes: Prove | None = None,
+    like: ModelBundle | None = None,
 ) -> ModelBundle:
     """Saves a model as a bundle: with its ONNX unless only torch will run it, with a probe set unless none will ask."""
-    from eagleray.infer.export import export_onnx
+    from eagleray.infer.export import export_onnx, reweigh
     from eagleray.vision import backbones
     from eagleray.vision.state_dicts import to_safetensors
 
@@ -233,7 +249,8 @@ def save_made(
     )
     weights: dict[str, bytes | Path] = {SAFETENSORS: to_safetensors(made.model, str(path))}
     if has_onnx:
-        weights[ONNX] = export_onnx(made.model, draft)
+        found = None if like is None else reweigh(like, made.model, draft)
+        weights[ONNX] = export_onnx(made.model, draft) if found is None else found
     hub_config = backbones.hub_config(made.model, made.spec, made.labels)
     return save_bundle(path, draft, weights, timm_config=hub_config, probes=probes)
 

@@ -29,11 +29,11 @@ from eagleray.core.tables import installed
 from eagleray.infer.runtimes import CHUNK, RUNTIMES, Runtime, Uint8
 from eagleray.infer.runtimes.engine_process import Answer, EngineProcess, serve
 from eagleray.infer.runtimes.memory import graphics, recall, remember
-from eagleray.vision.bundle import ONNX, SAFETENSORS, ModelBundle
+from eagleray.vision.bundle import FOREIGN, ONNX, SAFETENSORS, ModelBundle
 
 MODULE = "eagleray.infer.runtimes.measure"
 MEMORY = "runtimes"
-SCHEMA = 2  # of the remembered answer: a new one forgets the old
+SCHEMA = 3  # of the remembered answer: a new one forgets the old
 ROUNDS = 4
 ROUND_S = 0.25
 FAR_BEHIND = 0.4  # of the best first turn: below this a runtime does not catch up
@@ -178,7 +178,7 @@ def _key(bundle: ModelBundle, names: Sequence[str], *, threads: int, device: str
     """All that the rates depend on."""
     return {
         "schema": SCHEMA,
-        "model": bundle.model_digest,
+        "model": _shape(bundle),
         "image_spec": bundle.image_spec.digest,
         "processor": processor.identity(),
         "graphics": graphics() if device == "cuda" else {},
@@ -186,6 +186,14 @@ def _key(bundle: ModelBundle, names: Sequence[str], *, threads: int, device: str
         "device": device,
         "versions": {name: RUNTIMES[name].version for name in names},
     }
+
+
+def _shape(bundle: ModelBundle) -> Any:
+    """What of a model its rates depend on: the values of its weights do not, where its graph follows from its name."""
+    if bundle.architecture == FOREIGN or bundle.precision != "fp32":
+        return bundle.model_digest  # its arithmetic stands in its own graph
+    held = sorted(set(NEEDS.values()) & set(bundle.files))
+    return [bundle.architecture, dict(bundle.model_args), len(bundle.labels), held]
 
 
 def _recall(key: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
