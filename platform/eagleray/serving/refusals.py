@@ -1,4 +1,4 @@
-"""Every way in which the service says no: status, slug, sentence, what to do; as RFC 9457 or as the v2 protocol says it.
+"""Every way in which the service says no: status, slug, words, what to do; as RFC 9457 or the v2 protocol says it.
 
 A refusal is an answer, not a fault of ours: it carries no stack, no path of the machine, nothing of the input. The
 table KINDS is the list that the OpenAPI document, the tests and the operator's page are made from. There is one
@@ -55,6 +55,7 @@ KINDS: dict[str, Kind] = {
     "too_large": Kind(413, "The body is too large"),
     "unsupported_media_type": Kind(415, "The content type is not one that is read"),
     "not_an_image": Kind(422, "No image of the request can be classified"),
+    "no_embedding": Kind(422, "The model gives no embedding"),
     "too_many_images": Kind(422, "The request holds too many images"),
     "rate_limited": Kind(429, "The rate limit is reached"),
     "quota_used": Kind(429, "The daily quota is used"),
@@ -274,6 +275,15 @@ def not_an_image(reason: str, detail: str, *, extra: dict[str, Any] | None = Non
         extra: More members, e.g. ``{"results": [...]}`` with the entry of each image.
     """
     return Refusal("not_an_image", detail, extra={**(extra or {}), "reason": reason})
+
+
+def no_embedding(model: str) -> Refusal:
+    """422: an embedding was asked of a model that has none.
+
+    Args:
+        model: The model's configured name.
+    """
+    return Refusal("no_embedding", f"{model} was exported without one; ask another model, or /v1/predict")
 
 
 def too_many_images(limit: int) -> Refusal:
