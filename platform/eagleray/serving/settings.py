@@ -26,6 +26,7 @@ from eagleray.infer.runtimes import RUNTIMES
 from eagleray.vision.images import Limits
 
 BATCHES_ONGOING = 2  # one runs while the next is decoded: fewer requests than that leave the engine waiting
+FAILURES = 3  # failed checks in a row that make a replica ill: Ray Serve's REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # stands in URLs, metrics and scopes as it is
 
 
@@ -95,6 +96,10 @@ class LimitsConfig(Config):
         max_images_per_request: Images of one request.
         deadline_s: A request's deadline where it names none, and the longest that it may name.
         max_queue_s: An image whose estimated wait is longer is refused at once; none = the SLO's latency.
+        head_timeout_s: The longest time in which a request's head must have come.
+        max_head_bytes: The largest head.
+        max_connections: Open connections of one proxy.
+        max_buffered_bytes: All bodies that one proxy holds while they come.
         max_json_depth: Levels of a JSON body.
         max_ongoing_requests: Requests that a replica holds at a time.
         max_queued_requests: Requests that wait for a replica, at most.
@@ -108,12 +113,16 @@ class LimitsConfig(Config):
     max_images_per_request: int = Field(32, ge=1, le=1024)
     deadline_s: float = Field(10.0, gt=0, le=600)
     max_queue_s: float | None = Field(None, gt=0, le=600)
+    head_timeout_s: float = Field(10.0, gt=0, le=600)
+    max_head_bytes: int = Field(32 * 2**10, ge=1024, le=2**20)
+    max_connections: int = Field(2_000, ge=1, le=1_000_000)
+    max_buffered_bytes: int = Field(512 * 2**20, ge=2**20)
     max_json_depth: int = Field(8, ge=2, le=64)
     max_ongoing_requests: int = Field(256, ge=1, le=100_000)
     max_queued_requests: int = Field(256, ge=0, le=100_000)
     max_pixels: int = Field(Limits().max_pixels, ge=1)
     max_side_px: int = Field(Limits().max_side_px, ge=1)
-    large_pixels: int = Field(8_000_000, ge=1)
+    large_pixels: int = Field(16_000_000, ge=1)
 
     @property
     def image_limits(self) -> Limits:
@@ -165,17 +174,15 @@ class CanaryConfig(Config):
     Attributes:
         period_s: Between two checks.
         timeout_s: A check that takes longer is a failed one: the engine hangs.
-        max_failures: So many failed checks in a row and the replica is replaced.
     """
 
-    period_s: float = Field(5.0, gt=0, le=600)
-    timeout_s: float = Field(5.0, gt=0, le=600)
-    max_failures: int = Field(2, ge=1, le=10)
+    period_s: float = Field(2.0, gt=0, le=600)
+    timeout_s: float = Field(3.0, gt=0, le=600)
 
     @property
     def replaced_within_s(self) -> float:
         """The longest time from a hang to the verdict that the replica is ill."""
-        return (self.period_s + self.timeout_s) * self.max_failures
+        return (self.period_s + self.timeout_s) * FAILURES
 
 
 class MemoryConfig(Config):
@@ -306,6 +313,11 @@ def _batch_faults(config: ServingConfig) -> Iterator[str]:
         yield (
             f"limits.deadline_s={limits.deadline_s:g} is below slo.latency_p99_ms={config.slo.latency_p99_ms:g}: "
             "what is promised must fit in the deadline"
+        )
+    if limits.max_buffered_bytes < limits.max_body_bytes:
+        yield (
+            f"limits.max_buffered_bytes={limits.max_buffered_bytes} is below limits.max_body_bytes="
+            f"{limits.max_body_bytes}: the largest body would never be read"
         )
     if limits.max_queue_s is not None and limits.max_queue_s > limits.deadline_s:
         yield f"limits.max_queue_s={limits.max_queue_s:g} is above limits.deadline_s={limits.deadline_s:g}"
