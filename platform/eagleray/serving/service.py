@@ -23,6 +23,7 @@ from eagleray.vision.prediction import Label, Prediction
 
 Float32 = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
+DEFAULT_TOP_K = 5
 VERSION_DIGITS = 12  # of the model digest, in hex: 48 bits tell any two models of one service apart
 
 
@@ -55,7 +56,7 @@ class ModelCard:
     device: str = "cpu"
     policy_digest: str | None = None
     embedding_dim: int | None = None
-    max_top_k: int = 5
+    max_top_k: int = DEFAULT_TOP_K
     is_loaded: bool = True
 
     @property
@@ -85,7 +86,7 @@ class Ask:
 
     model: str
     deadline: float
-    top_k: int = 5
+    top_k: int = DEFAULT_TOP_K
     wants_embedding: bool = False
     wants_probabilities: bool = False
     request_id: str = ""
