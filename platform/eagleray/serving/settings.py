@@ -26,7 +26,6 @@ from eagleray.infer.runtimes import RUNTIMES
 from eagleray.vision.images import Limits
 
 BATCHES_ONGOING = 2  # one runs while the next is decoded: fewer requests than that leave the engine waiting
-FAILURES = 3  # failed checks in a row that make a replica ill: Ray Serve's REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # stands in URLs, metrics and scopes as it is
 
 
@@ -177,19 +176,14 @@ class CanaryConfig(Config):
     """
 
     period_s: float = Field(2.0, gt=0, le=600)
-    timeout_s: float = Field(3.0, gt=0, le=600)
-
-    @property
-    def replaced_within_s(self) -> float:
-        """The longest time from a hang to the verdict that the replica is ill."""
-        return (self.period_s + self.timeout_s) * FAILURES
+    timeout_s: float = Field(5.0, gt=0, le=600)
 
 
 class MemoryConfig(Config):
     """How much of a machine a replica takes.
 
     Attributes:
-        max_loaded_models: Models in memory at a time; the one that was asked longest ago makes room.
+        max_loaded_models: Models in memory at a time; the one that was asked longest ago makes room, the first stays.
         gpu_memory_mib: GPU memory that all loaded models may take; needed where one runs on CUDA.
         gpus: GPUs that a replica holds; a fraction shares one.
         cpus: Logical CPUs that a replica holds.
@@ -260,7 +254,7 @@ class ServingConfig(Config):
     """A service.
 
     Attributes:
-        models: At least one; the first answers where none is named, and is never put out of memory.
+        models: At least one; the first answers where none is named.
         batching, limits, slo, autoscale, canary, memory, rates, access, http: See there.
         drain_s: How long a replica that goes may take to answer what it holds.
     """
