@@ -170,7 +170,6 @@ class LoadedModel:
             MODEL,
             1.0,
             model=self.name,
-            digest=card.version,
             version=card.version,
             runtime=card.runtime,
             precision=card.precision,

@@ -98,8 +98,10 @@ CANARY_DRIFT = _gauge("canary_drift_ratio", "The canary's largest difference ove
 LOADED = _gauge("models_loaded", "Models in this replica's memory.")
 LOAD = _histogram("model_load_seconds", "Loading and warming of a model.", LOAD_S, "model")
 EVICTIONS = _counter("model_evictions", "Models put out of memory for another.", "model")
-# digest: the first 12 hex digits of the model's digest
-MODEL = _gauge("model_info", "1 for each loaded model.", "model", "digest", "version", "runtime", "precision")
+# version: the first 12 hex digits of the model's digest
+MODEL = _gauge(
+    "model_info", "1 for each loaded model, 0 once it is put away.", "model", "version", "runtime", "precision"
+)
 
 METRICS: tuple[Metric, ...] = (
     *(REQUESTS, REQUEST, BODY, REFUSALS, ADMISSIONS, IMAGES, DECISIONS),
