@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from eagleray.core.errors import ConfigError
 from eagleray.serving.access import KeyFile, KeyRequest, create_key, read_keys, revoke_key
 from eagleray.serving.refusals import Refusal

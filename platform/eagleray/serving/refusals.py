@@ -306,9 +306,14 @@ def overloaded(retry_after_s: float) -> Refusal:
     return Refusal("overloaded", "more is waiting than can be answered in time; ask again", retry_after_s=retry_after_s)
 
 
-def deadline_passed(deadline_s: float) -> Refusal:
-    """503: the request waited for its whole deadline."""
-    return Refusal("deadline_passed", f"no answer within {deadline_s:g} s; ask again", retry_after_s=1.0)
+def deadline_passed(deadline_s: float | None = None) -> Refusal:
+    """503: the request waited for its whole deadline.
+
+    Args:
+        deadline_s: How long that was; None where it is not known.
+    """
+    within = "" if deadline_s is None else f" within {deadline_s:g} s"
+    return Refusal("deadline_passed", f"no answer{within}; ask again", retry_after_s=1.0)
 
 
 def not_ready(detail: str = "the model is being loaded; ask again") -> Refusal:

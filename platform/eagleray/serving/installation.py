@@ -1,0 +1,92 @@
+"""How the gateway gets into processes that are not ours: Serve's proxies, and replicas that listen themselves.
+
+Serve calls one function without arguments in each of them and installs the middlewares that it returns. So the settings
+stand in a file, and an environment variable names the file: what stands in the environment itself is seen by everyone
+who may list processes. Without the variable, or with a file that does not hold, the function raises and no proxy starts.
+
+Example:
+    >>> path = write_settings(config, folder)
+    >>> os.environ[SETTINGS_VARIABLE] = str(path)
+    >>> middlewares = serve_middlewares()
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+from starlette.middleware import Middleware
+
+from eagleray.core.errors import ConfigError
+from eagleray.core.storage import write_private
+from eagleray.serving.access import KeyFile
+from eagleray.serving.admission import FileLedger, RateLimiter
+from eagleray.serving.connections import install
+from eagleray.serving.gateway import Gateway
+from eagleray.serving.settings import ServingConfig
+from eagleray.serving.visits import Watch
+
+SETTINGS_VARIABLE = "EAGLERAY_SERVING_SETTINGS"
+CALLBACK = "eagleray.flows.serve_gateway:middlewares"  # for RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+SETTINGS_FILE, RATES_FILE = "serving.json", "rates"
+
+
+def write_settings(config: ServingConfig, folder: str | Path) -> Path:
+    """Writes the settings where proxies and replicas of this machine find them.
+
+    Args:
+        config: The service.
+        folder: Private to this user; the counters of rates and quotas stand in it too.
+
+    Returns:
+        The file's path, for SETTINGS_VARIABLE.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    path = Path(folder).resolve() / SETTINGS_FILE
+    write_private(path, (config.model_dump_json(indent=1) + "\n").encode())
+    return path
+
+
+def read_settings(path: str | Path | None = None) -> tuple[ServingConfig, Path]:
+    """The settings, and their path.
+
+    Args:
+        path: The file; None = the one that SETTINGS_VARIABLE names.
+
+    Raises:
+        ConfigError: The variable is not set, or the file is missing or does not hold.
+    """
+    found = path or os.environ.get(SETTINGS_VARIABLE)
+    if not found:
+        raise ConfigError(
+            f"{SETTINGS_VARIABLE} is not set",
+            expected="the path of the file that write_settings made",
+            fix="start the service with eagleray serve, or set it for every process of the cluster",
+        )
+    try:
+        return ServingConfig.model_validate(json.loads(Path(found).read_bytes())), Path(found)
+    except (OSError, ValidationError, ValueError) as error:
+        raise ConfigError(
+            f"the settings {found} do not hold: {error}", expected="what write_settings wrote", fix="write it again"
+        ) from error
+
+
+def serve_middlewares(watch: Watch | None = None) -> list[Middleware]:
+    """The middlewares of one proxy or replica: the gateway; and below it, guarded connections.
+
+    Args:
+        watch: What counts, traces and logs.
+
+    Raises:
+        ConfigError: No settings, or no keys: the process must not serve.
+        StorageError: The counters cannot be made.
+    """
+    config, path = read_settings()
+    keys = KeyFile(config.access.keys_file) if config.access.auth == "keys" and config.access.keys_file else None
+    limiter = RateLimiter(FileLedger(path.with_name(RATES_FILE), config.rates.max_tenants))
+    install(config.limits)
+    return [Middleware(Gateway, config=config, keys=keys, limiter=limiter, watch=watch)]
