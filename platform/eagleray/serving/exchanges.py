@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from eagleray.serving.passport import Passport
 from eagleray.serving.service import Answer, Batch, ModelCard
-from eagleray.serving.telemetry import BODY, DECISIONS, IMAGES, REQUEST, REQUESTS, Meter
+from eagleray.serving.telemetry import DECISIONS, IMAGES, REFUSALS, Meter
 from eagleray.serving.traces import Span, TraceContext, Tracer
 
 NO_MODEL = "none"  # the label of a request that no model answers: never what a client typed
@@ -65,18 +65,16 @@ Log = Callable[[Exchange], None]
 
 
 def tell(exchange: Exchange, *, meter: Meter, tracer: Tracer) -> None:
-    """Counts an exchange and traces it.
+    """Counts what the app alone knows of an exchange, and traces it; requests are counted by the gateway (visits.py).
 
     Args:
         exchange: One that is over.
         meter: What counts.
         tracer: Where spans go.
     """
-    model, route = exchange.card.name if exchange.card else NO_MODEL, exchange.route
-    meter.add(REQUESTS, model=model, route=route, status=str(exchange.status))
-    meter.observe(REQUEST, exchange.seconds, model=model, route=route)
-    if exchange.body_bytes:
-        meter.observe(BODY, float(exchange.body_bytes), route=route)
+    model = exchange.card.name if exchange.card else NO_MODEL
+    if exchange.code:
+        meter.add(REFUSALS, code=exchange.code)
     for answer in exchange.answers:
         said = answer.prediction
         meter.add(IMAGES, model=model, status=said.status, reason=said.reason or "")
@@ -93,7 +91,7 @@ def _decision_kind(decision: str | None, card: ModelCard) -> str:
 
 
 def _trace(exchange: Exchange, passport: Passport, tracer: Tracer) -> None:
-    """The request's span, and under it the steps of its slowest image, which came last."""
+    """The app's span under the gateway's, and under it the steps of its slowest image, which came last."""
     context = TraceContext.parse(passport.trace) or TraceContext.new()
     if not context.is_sampled:
         return
@@ -108,11 +106,9 @@ def _trace(exchange: Exchange, passport: Passport, tracer: Tracer) -> None:
     if exchange.card:
         attributes |= {"eagleray.model": exchange.card.name, "eagleray.model_version": exchange.card.version}
     request = context.child()
-    error = exchange.code if exchange.status >= 500 else None  # OpenTelemetry: a server's span fails by 5xx
-    name = f"eagleray {exchange.route}"
-    tracer.record(
-        Span(name, request, context.span_id, exchange.started_ns, end_ns, attributes, is_server=True, error=error)
-    )
+    error = exchange.code if exchange.status >= 500 else None
+    name = f"app {exchange.route}"
+    tracer.record(Span(name, request, context.span_id, exchange.started_ns, end_ns, attributes, error=error))
     timings = [answer.timing for answer in exchange.answers]
     if not timings:
         return
