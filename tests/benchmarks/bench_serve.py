@@ -170,6 +170,7 @@ def compete(name: str, state: dict[str, Any], args: argparse.Namespace, work: Pa
     settings, rounds = state["settings"].setdefault(name, {}), state["rounds"].setdefault(name, [])
     print(f"\n# {name}: {folder}, p99 <= {contest.limit_ms:g} ms", flush=True)
     for key in args.only:
+        known[key].limit_ms = contest.limit_ms
         if key not in settings:
             is_swept = len(known[key].candidates) > 1 and not args.no_sweep
             settings[key] = tune(known[key], model, folder, work) if is_swept else dict(known[key].candidates[0])

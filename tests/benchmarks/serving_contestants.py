@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Contestant:
         candidates: Settings to try; the first is the default.
         extra: More environment, or more options of `eagleray serve`.
         settings: Those in use.
+        limit_ms: The p99 that is promised: ours is told, the peers know no such thing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Contestant:
     extra: Mapping[str, str] = field(default_factory=dict)
     options: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    limit_ms: float = 100.0
 
     @property
     def is_ours(self) -> bool:
@@ -57,17 +59,27 @@ class Contestant:
         """Where it takes pictures."""
         return "/v1/predict" if self.is_ours else "/predict"
 
-    def command(self, model: Model, port: int, keys: Path) -> list[str]:
-        """How it is started."""
+    def command(self, model: Model, port: int) -> list[str]:
+        """How it is started: ours with keys on, which is its default, and the peers' engine."""
         if self.is_ours:
-            given = ["--model", str(model.bundle), "--port", str(port), "--keys", str(keys), "--set"]
-            return [*EAGLERAY, "serve", *given, "models.0.runtime=onnx", *self.options]
+            given = ["--model", str(model.bundle), "--port", str(port), "--runtime", "onnx", "--json"]
+            engines = [f"--{name}={value}" for name, value in self.settings.items()]
+            return [
+                *EAGLERAY,
+                "serve",
+                *given,
+                *engines,
+                "--set",
+                f"slo.latency_p99_ms={self.limit_ms:g}",
+                *self.options,
+            ]
         engine = {"onnx": str(model.onnx), "mean": model.mean, "std": model.std}
         settings = ["--engine", json.dumps(engine), "--settings", json.dumps(dict(self.settings))]
         return [sys.executable, str(HERE / "peers" / self.file), "--port", str(port), *settings]
 
 
 THREADS = tuple({"threads": threads} for threads in (1, 2))
+ENGINES = tuple({"engines": engines, "threads": threads} for engines, threads in ((1, 1), (2, 1), (1, 2)))
 
 
 def everyone() -> dict[str, Contestant]:
@@ -84,8 +96,8 @@ def everyone() -> dict[str, Contestant]:
     ]
     bare = [{"threads": threads, "pool": pool} for threads, pool in ((1, 2), (2, 1), (2, 2), (1, 4))]
     return {
-        "ours": Contestant("eagleray serve --fast", options=("--fast",)),
-        "default": Contestant("eagleray serve"),
+        "ours": Contestant("eagleray serve --fast", candidates=ENGINES, options=("--fast",)),
+        "default": Contestant("eagleray serve", candidates=ENGINES),
         "naive": Contestant("naive Ray Serve", "serve_naive.py", THREADS),
         "proxied": Contestant("naive Ray Serve, HAProxy mode", "serve_naive.py", THREADS, PROXY_MODE),
         "litserve": Contestant("LitServe", "serve_litserve.py", lit),
@@ -126,7 +138,7 @@ class Server:
     Attributes:
         process: Its root; what it started is below it.
         port: Where it listens.
-        key: Its API key; "" = none.
+        key: The header with its API key; "" = none.
         seconds_to_ready: From the command to the first answer.
     """
 
@@ -139,7 +151,7 @@ class Server:
     @contextmanager
     def load(self, folder: Path, images: int, deadline_ms: float) -> Iterator[Load]:
         """A client of it, with the pictures of a folder."""
-        headers = [f"X-Deadline-Ms: {deadline_ms:g}", *([f"Authorization: Bearer {self.key}"] if self.key else [])]
+        headers = [f"X-Deadline-Ms: {deadline_ms:g}", *([self.key] if self.key else [])]
         options = ["--folder", str(folder), "--images", str(images), "--port", str(self.port)]
         command = [sys.executable, str(HERE / "open_loop.py"), *options, "--path", self.contestant.path]
         secret = {"BENCH_HEADERS": "\n".join(headers)}
@@ -169,11 +181,10 @@ def serving(contestant: Contestant, model: Model, picture: bytes, work: Path) ->
     """
     work.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), work / f"{contestant.file or 'eagleray'}-{len(contestant.extra)}.log"
-    keys, key = make_key(work) if contestant.is_ours else (work, "")
     begin = time.perf_counter()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            contestant.command(model, port, keys),
+            contestant.command(model, port),
             env={**environment(), **contestant.extra},
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -181,9 +192,7 @@ def serving(contestant: Contestant, model: Model, picture: bytes, work: Path) ->
             start_new_session=True,
         )
         try:
-            server = Server(contestant, process, port, key, 0.0)
-            _wait(server, picture, log, begin)
-            yield Server(contestant, process, port, key, time.perf_counter() - begin)
+            yield _wait(Server(contestant, process, port, "", 0.0), picture, log, begin)
         finally:
             _end(process)
 
@@ -203,21 +212,25 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=30)
 
 
-def _wait(server: Server, picture: bytes, log: Path, begin: float) -> None:
+def _wait(server: Server, picture: bytes, log: Path, begin: float) -> Server:
+    """The server once it has answered a picture."""
     while True:
-        if server.process.poll() is not None or time.perf_counter() - begin > START_TIMEOUT_S:
+        if server.contestant.is_ours:
+            server = replace(server, key=_announced(log))
+        status = 0 if server.contestant.is_ours and not server.key else _ask(server, picture)
+        seconds = time.perf_counter() - begin
+        if status == 200:
+            return replace(server, seconds_to_ready=seconds)
+        if server.process.poll() is not None or seconds > START_TIMEOUT_S:
             tail = log.read_text(errors="replace")[-3_000:]
-            raise SystemExit(
-                f"{server.contestant.name} gave no answer ({_ask(server, picture)}); its log ends:\n{tail}"
-            )
-        if _ask(server, picture) == 200:
-            return
+            raise SystemExit(f"{server.contestant.name} gave no answer ({status}); its log ends:\n{tail}")
         time.sleep(0.25)
 
 
 def _ask(server: Server, picture: bytes) -> int:
     """The status of one request; 0 when nothing answers."""
-    headers = {"Content-Type": "image/jpeg", **({"Authorization": f"Bearer {server.key}"} if server.key else {})}
+    name, _, value = server.key.partition(": ")
+    headers = {"Content-Type": "image/jpeg", **({name: value} if name else {})}
     link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     try:
         link.request("POST", server.contestant.path, body=picture, headers=headers)
@@ -228,15 +241,12 @@ def _ask(server: Server, picture: bytes) -> int:
         link.close()
 
 
-def make_key(work: Path) -> tuple[Path, str]:
-    """A file of hashed keys and the one key in it, made as an operator makes it."""
-    keys = work / "keys.json"
-    keys.unlink(missing_ok=True)
-    command = [*EAGLERAY, "apikeys", "create", "--keys", str(keys), "--tenant", "bench", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-    if done.returncode:
-        raise SystemExit(f"no key could be made: {done.stderr}")
-    return keys, str(json.loads(done.stdout)["key"])
+def _announced(log: Path) -> str:
+    """The key header of a run of ours, from the private file that it names when it is ready; "" before."""
+    for line in log.read_text(errors="replace").splitlines():
+        if line.startswith('{"url"'):
+            return Path(json.loads(line)["key_file"]).read_text(encoding="utf-8").strip()
+    return ""
 
 
 def free_port() -> int:
