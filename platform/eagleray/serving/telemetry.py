@@ -73,7 +73,9 @@ def _histogram(what: str, text: str, buckets: tuple[float, ...], *labels: str) -
 
 # model: a configured name, or "none" before one is chosen. route: predict, embed, infer, page ... status: HTTP's.
 REQUESTS = _counter("requests", "Requests answered, refused ones too.", "model", "route", "status")
-REQUEST = _histogram("request_seconds", "From the request to its answer.", LATENCY_S, "model", "route")
+REQUEST = _histogram(
+    "request_seconds", "From a whole request to its answer, below 400 only.", LATENCY_S, "model", "route"
+)
 BODY = _histogram("body_bytes", "Size of the bodies that were read.", BYTES, "route")
 REFUSALS = _counter("refusals", "Requests refused, by the refusal's code.", "code")
 ADMISSIONS = _counter("admissions", "Requests of a tenant: admitted, or a refusal's code.", "tenant", "outcome")
