@@ -34,6 +34,8 @@ VERBS: dict[str, Verb] = {
     "certify": Verb("eagleray.cli.releasing:certify", "Prove a KPI on held-out images; a bundle that decides by it."),
     "release": Verb("eagleray.cli.releasing:release", "Make it smaller and faster; a gate after each step."),
     "export": Verb("eagleray.cli.releasing:export", "Write a bundle for an engine, once it answers as the model did."),
+    "serve": Verb("eagleray.cli.serving:serve", "Serve models over HTTP on this machine, until Ctrl-C."),
+    "rollout": Verb("eagleray.cli.serving:rollout", "Replace a model of a running service; no request fails."),
     "predict": Verb("eagleray.cli.archive:predict", "Score a few images here and now, without Ray."),
     "report": Verb("eagleray.cli.archive:report", "Build the HTML page of a finished run again."),
     "demo": Verb("eagleray.cli.archive:demo", "Score a real archive with a real model, to see all of it work."),
