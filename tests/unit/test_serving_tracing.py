@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from eagleray.core.errors import CapabilityError, ConfigError
 from eagleray.flows import tracing
 from eagleray.flows.tracing import OpenTelemetryTracer, sampling_ratio, tracer_from_environment
 from eagleray.serving.traces import NullTracer, Span, TraceContext
+
+from tests.span_collector import collector
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -112,7 +110,7 @@ def kept(ratio: float, *spans: Span) -> list[object]:
 def test_a_span_arrives_as_it_is() -> None:
     attributes = {"http.response.status_code": 503, "eagleray.model": "lite0"}
     (one,) = kept(1.0, span(attributes=attributes, is_server=True, error="overloaded"))
-    told = __import__("json").loads(one.to_json())  # type: ignore[attr-defined]
+    told = json.loads(one.to_json())  # type: ignore[attr-defined]
     assert told["name"] == "infer"
     assert told["context"]["trace_id"] == f"0x{TRACE}"
     assert told["context"]["span_id"] == f"0x{SPAN}"
@@ -151,32 +149,6 @@ def test_samplers(environment: dict[str, str], ratio: float) -> None:
     assert sampling_ratio(environment) == ratio
 
 
-@contextmanager
-def collector() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """A collector on loopback: its address, and what it got."""
-    got: list[tuple[str, bytes]] = []
-
-    class Take(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            got.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Take)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", got
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     with collector() as (address, got):
@@ -200,6 +172,5 @@ def test_a_collector_that_is_not_there_costs_no_request(monkeypatch: pytest.Monk
     for _ in range(5_000):  # more than the exporter's queue holds
         tracer.record(span())
     assert tracer.is_on
-    time.sleep(0)
     assert isinstance(tracer, OpenTelemetryTracer)
     tracer.close()
