@@ -169,6 +169,7 @@ def test_what_the_service_refuses_goes_to_the_client(service: DirectService, pho
     answer = client_of(service).post("/v1/predict", content=photo, headers=JPEG)
     problem(answer, 503, "overloaded")
     assert answer.headers["retry-after"] == "3"
+    assert "x-eagleray-images" not in answer.headers  # what was not answered is not charged
 
 
 def test_a_fault_of_ours_is_said_as_one_and_tells_nothing_of_the_inside(

@@ -19,6 +19,8 @@ from typing_extensions import TypedDict  # pydantic reads typing's own only from
 from eagleray.serving.service import Answer, Batch, ModelCard, Timing
 from eagleray.vision.prediction import Prediction
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 class ModelName(TypedDict):
     """The model that made an answer: its digest is ``score``'s, its policy is None where it decides nothing."""
@@ -212,7 +214,7 @@ def quarantined(answers: Sequence[Answer]) -> list[Prediction]:
 
 def encode(value: Any) -> bytes:
     """A value as JSON: UTF-8, no spaces, no NaN."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _embedding_entry(answer: Answer) -> EmbeddingEntry:

@@ -285,7 +285,7 @@ class Endpoint:
         try:
             reply = await self._reply(call)
             exchange.status = reply.status
-            if exchange.num_images:
+            if exchange.batch is not None:  # what was refused unanswered is not charged by its images
                 reply.headers.append((IMAGES_HEADER, str(exchange.num_images).encode()))
             await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
             await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else reply.body})
