@@ -23,9 +23,10 @@ from eagleray.infer.classifier import Classifier
 from eagleray.infer.probabilities import top_k
 from eagleray.serving.batcher import Batcher, Clock, DeadlinePassed, Done, Ticket
 from eagleray.serving.decoding import Decoder
+from eagleray.serving.run_times import BusyShare
 from eagleray.serving.service import Answer, Ask, Float32, ModelCard, Timing, Uint8
 from eagleray.serving.settings import BatchingConfig, ModelEntry
-from eagleray.serving.telemetry import DECODE, LOAD, MODEL, Meter, NullMeter
+from eagleray.serving.telemetry import DECODE, MODEL, QUEUE_DELAY, QUEUED, UTILIZATION, Meter, NullMeter
 from eagleray.vision.bundle import ModelBundle
 from eagleray.vision.images import ImageRefused
 from eagleray.vision.prediction import Prediction
@@ -95,7 +96,6 @@ def load_model(
         ArtifactError: The bundle's files have changed, or an engine answers its probe set otherwise.
         CapabilityError: The engine or the device is not here.
     """
-    started = clock()
     classifiers: list[Classifier] = []
     for _ in range(entry.engines):
         classifiers.append(
@@ -110,7 +110,6 @@ def load_model(
         )
     model = LoadedModel(entry, classifiers, decoder, batching=batching, meter=meter, clock=clock)
     model.warm()
-    (meter or NullMeter()).observe(LOAD, clock() - started, model=entry.name)
     return model
 
 
@@ -153,6 +152,7 @@ class LoadedModel:
             clock=clock,
             meter=self._meter,
         )
+        self._busy = BusyShare(self.batcher, clock)
 
     def warm(self) -> None:
         """Runs every bucket once in every engine, and learns how long each takes; before the first request."""
@@ -165,15 +165,15 @@ class LoadedModel:
                 started = self._clock()
                 classifier.predictions(classifier.infer(blank).probabilities)
                 self.batcher.times.learn(size, self._clock() - started)
+
+    def tell(self, *, is_loaded: bool = True) -> None:
+        """Sets the model's gauges; once it is put away to 0, as a gauge stays exported as long as its process lives."""
         card = self.card
-        self._meter.set(
-            MODEL,
-            1.0,
-            model=self.name,
-            version=card.version,
-            runtime=card.runtime,
-            precision=card.precision,
-        )
+        version, runtime, precision = card.version, card.runtime, card.precision
+        self._meter.set(MODEL, float(is_loaded), model=self.name, version=version, runtime=runtime, precision=precision)
+        self._meter.set(QUEUED, float(self.batcher.queued), model=self.name)
+        self._meter.set(QUEUE_DELAY, self.queue_delay_s() if is_loaded else 0.0, model=self.name)
+        self._meter.set(UTILIZATION, self.utilization() if is_loaded else 0.0, model=self.name)
 
     async def predict(self, images: Sequence[bytes], ask: Ask) -> tuple[Answer, ...]:
         """Decodes and classifies; one answer an image, in order, quarantined where it cannot be used.
@@ -232,6 +232,10 @@ class LoadedModel:
     def queue_delay_s(self) -> float:
         """The wait that a new image would have, estimated: the longer of the two queues, as they drain side by side."""
         return max(self._decoder.delay_s(), self.batcher.queue_delay_s())
+
+    def utilization(self) -> float:
+        """Share of the time in which the engines ran lately, 0..1."""
+        return self._busy.share()
 
     async def drain(self, timeout_s: float) -> bool:
         """Answers what it was given, takes no more, and lets the engines go.

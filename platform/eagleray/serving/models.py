@@ -27,10 +27,9 @@ from eagleray.serving.canary import Canary, Unhealthy
 from eagleray.serving.decoding import Decoder
 from eagleray.serving.gpu_memory import GpuMemory
 from eagleray.serving.loaded_model import LoadedModel, card_of, load_model
-from eagleray.serving.run_times import BusyShare
 from eagleray.serving.service import Answer, Ask, Batch, ModelCard, Uint8
 from eagleray.serving.settings import ModelEntry, ServingConfig
-from eagleray.serving.telemetry import EVICTIONS, LOADED, QUEUE_DELAY, QUEUED, UTILIZATION, Meter, NullMeter
+from eagleray.serving.telemetry import EVICTIONS, LOAD, LOADED, Meter, NullMeter
 from eagleray.vision.bundle import ModelBundle, load_bundle
 
 
@@ -74,7 +73,6 @@ class ModelShelf:
         self._canaries: dict[str, Canary] = {}
         self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
         self._one_load = asyncio.Lock()
-        self._shares: dict[str, BusyShare] = {}
         self._is_started = self._is_draining = False
         self._is_well = True
 
@@ -155,15 +153,13 @@ class ModelShelf:
 
     def utilization(self, model: str | None = None) -> float:
         """Share of the time in which a model's engines ran lately, 0..1; with None that of the busiest."""
-        names = self._shares if model is None else [model] if model in self._shares else []
-        return max((self._shares[name].share() for name in names), default=0.0)
+        names = self._loaded if model is None else [model] if model in self._loaded else []
+        return max((self._loaded[name].utilization() for name in names), default=0.0)
 
     def tell(self) -> None:
         """Sets the gauges to what is now."""
-        for name, model in self._loaded.items():
-            self._meter.set(QUEUED, float(model.batcher.queued), model=name)
-            self._meter.set(QUEUE_DELAY, model.queue_delay_s(), model=name)
-            self._meter.set(UTILIZATION, self.utilization(name), model=name)
+        for model in self._loaded.values():
+            model.tell()
 
     async def check_health(self) -> None:
         """Sends a canary through every model in memory, and looks whether a codec hangs.
@@ -194,7 +190,6 @@ class ModelShelf:
         left_s = self._config.drain_s if timeout_s is None else timeout_s
         answered = await asyncio.gather(*(model.drain(left_s) for model in self._loaded.values()))
         self._loaded.clear()
-        self._shares.clear()
         self._decoder.close()
         return all(answered)
 
@@ -244,6 +239,7 @@ class ModelShelf:
         async with self._one_load:
             while len(self._loaded) >= self._config.memory.max_loaded_models:
                 await self._evict(but=name)
+            started = self._clock()
             model, canary = await asyncio.to_thread(self._compile, self._entries[name])
             memory = self._gpu_memory
             while memory is not None and not memory.is_within and model.card.device == "cuda":
@@ -253,9 +249,10 @@ class ModelShelf:
                     memory.forget(name)
                     raise refusal
             self._loaded[name], self._canaries[name] = model, canary
-            self._shares[name] = BusyShare(model.batcher, self._clock)
             self._cards[name] = model.card
+            self._meter.observe(LOAD, self._clock() - started, model=name)
             self._meter.set(LOADED, float(len(self._loaded)))
+            model.tell()
             return model
 
     def _compile(self, entry: ModelEntry) -> tuple[LoadedModel, Canary]:
@@ -287,11 +284,12 @@ class ModelShelf:
         if name is None:
             return False
         model = self._loaded.pop(name)
-        del self._canaries[name], self._shares[name]
+        del self._canaries[name]
         self._cards[name] = replace(self._cards[name], is_loaded=False)
         await model.drain(self._config.limits.deadline_s)
         if self._gpu_memory is not None:
             self._gpu_memory.forget(name)
+        model.tell(is_loaded=False)
         self._meter.add(EVICTIONS, model=name)
         self._meter.set(LOADED, float(len(self._loaded)))
         return True

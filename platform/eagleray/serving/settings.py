@@ -275,7 +275,7 @@ class ServingConfig(Config):
     def _consistent(self) -> ServingConfig:
         faults = [*_batch_faults(self), *_scale_faults(self), *_device_faults(self), *_access_faults(self)]
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError("\n".join(faults))
         return self
 
     @property
