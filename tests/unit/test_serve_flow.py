@@ -214,7 +214,7 @@ def test_what_other_machines_reach_is_found() -> None:
 
 def test_the_environment_of_ray_is_complete(tmp_path: Path) -> None:
     environment = serve_local.environment(serving(), tmp_path)
-    assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == serve_local.GATEWAY
+    assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == serve_local.CALLBACK
     assert environment["EAGLERAY_SERVING_SETTINGS"].startswith(str(tmp_path))
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
 

@@ -154,7 +154,7 @@ def _prepared(config: ServeConfig, folder: Path) -> ServingConfig:
     """The settings with a port that is free and a key file that is there, written for the gateway too."""
     from eagleray.flows import serve_local
     from eagleray.flows.serve_haproxy import check_certificate
-    from eagleray.serving.gateway import write_settings
+    from eagleray.serving.installation import write_settings
 
     keys = config.keys
     if config.auth == "keys" and keys is None:
@@ -174,7 +174,7 @@ def _prepared(config: ServeConfig, folder: Path) -> ServingConfig:
             expected="a file that `eagleray apikeys create` wrote",
             fix=f"eagleray apikeys create --file {keys} --tenant NAME, or leave --keys out for a key of this run",
         )
-    write_settings(serving, folder / "settings.json")
+    write_settings(serving, folder)
     return serving
 
 

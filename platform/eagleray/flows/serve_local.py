@@ -27,10 +27,9 @@ from eagleray.flows import serve_haproxy
 from eagleray.flows.listeners import listeners, unexpected
 from eagleray.flows.runtime import SPARE_CPUS, Embedded, cluster, first_fault
 from eagleray.infer.runtimes.memory import cache_folder
+from eagleray.serving.installation import CALLBACK, SETTINGS_FILE, SETTINGS_VARIABLE
 from eagleray.serving.settings import HttpConfig, ServingConfig
 
-GATEWAY = "eagleray.flows.serve_gateway:middlewares"
-SETTINGS = "EAGLERAY_SERVING_SETTINGS"  # names the gateway's file; read in every proxy and replica
 STATES = "serving"  # under the cache: one file a port
 MESSAGE_SPARE_BYTES = 2**20
 LOOP_S = 0.25  # Serve's control loop; its own 0.1 s costs a twentieth of a core while nothing happens
@@ -62,8 +61,8 @@ def environment(config: ServingConfig, folder: Path) -> dict[str, str]:
         CapabilityError: HAProxy mode without HAProxy.
     """
     common = {
-        SETTINGS: str(folder / "settings.json"),
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": GATEWAY,
+        SETTINGS_VARIABLE: str(folder.resolve() / SETTINGS_FILE),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK,
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0",
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung engine cannot be asked to finish
