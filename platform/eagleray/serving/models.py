@@ -14,12 +14,14 @@ Example:
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 
+from eagleray.core.errors import EagleError
 from eagleray.serving import refusals
 from eagleray.serving.admission import refuse_late
 from eagleray.serving.batcher import Clock, Closed, DeadlinePassed
@@ -31,6 +33,9 @@ from eagleray.serving.service import Answer, Ask, Batch, ModelCard, Uint8
 from eagleray.serving.settings import ModelEntry, ServingConfig
 from eagleray.serving.telemetry import EVICTIONS, LOAD, LOADED, Meter, NullMeter
 from eagleray.vision.bundle import ModelBundle, load_bundle
+
+LOG = logging.getLogger(__name__)
+RETRY_S = 10.0  # a model that cannot be loaded is tried again after this, not with every request that names it
 
 
 class ModelShelf:
@@ -72,6 +77,7 @@ class ModelShelf:
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()  # the one asked longest ago first
         self._canaries: dict[str, Canary] = {}
         self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
+        self._failed: dict[str, tuple[float, EagleError]] = {}  # when a load failed, and why
         self._one_load = asyncio.Lock()
         self._is_started = self._is_draining = False
         self._is_well = True
@@ -102,10 +108,10 @@ class ModelShelf:
         return tuple(self._loaded)
 
     def is_ready(self, model: str | None = None) -> bool:
-        """Whether a model, or the service as a whole, answers now."""
-        if not self._is_started or self._is_draining or not self._is_well:
+        """Whether a model, or the service as a whole, answers when it is asked; one not in memory is loaded then."""
+        if not self._is_started or self._is_draining or not self._is_well or model in self._failed:
             return False
-        return (self.default if model is None else model) in self._loaded
+        return model is None or model in self._entries
 
     async def get(self, name: str) -> LoadedModel:
         """A model, loaded if it is not in memory; the load goes on when this caller gives up.
@@ -119,6 +125,10 @@ class ModelShelf:
         if (model := self._loaded.get(name)) is not None:
             self._loaded.move_to_end(name)
             return model
+        if (failed := self._failed.get(name)) is not None:
+            if self._clock() - failed[0] < RETRY_S:
+                raise failed[1]
+            del self._failed[name]
         task = self._loading.get(name)
         if task is None:
             task = self._loading[name] = asyncio.create_task(self._load(name))
@@ -224,6 +234,8 @@ class ModelShelf:
                 return await self.get(ask.model)
         except TimeoutError:
             raise refusals.not_ready() from None
+        except EagleError:  # told in _end_loading, once for all who wait
+            raise refusals.not_ready("the model cannot be loaded; the service's log says why") from None
 
     async def _answer(self, model: LoadedModel, answering: Awaitable[tuple[Answer, ...]], ask: Ask) -> Batch:
         left_s = max(0.0, ask.deadline - self._clock())
@@ -237,6 +249,7 @@ class ModelShelf:
 
     async def _load(self, name: str) -> LoadedModel:
         async with self._one_load:
+            await asyncio.to_thread(load_bundle, self._entries[name].bundle)  # nobody makes room for a broken one
             while len(self._loaded) >= self._config.memory.max_loaded_models:
                 await self._evict(but=name)
             started = self._clock()
@@ -296,5 +309,8 @@ class ModelShelf:
 
     def _end_loading(self, name: str, done: asyncio.Task[LoadedModel]) -> None:
         self._loading.pop(name, None)
-        if not done.cancelled():
-            done.exception()  # whoever still waits gets it; nobody may
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            LOG.error("the model %s cannot be loaded: %s", name, error)
+        if isinstance(error, EagleError):
+            self._failed[name] = self._clock(), error
