@@ -6,8 +6,8 @@ sends its head a byte a second is told 408 and closed, one whose head is too lar
 a body is read in pieces of READ_BYTES, the next one when the app has taken the last. So a refused upload has taken no
 more than its limit and one piece.
 
-Serve builds its servers itself and leaves no door for a protocol class; ``install`` puts this one in uvicorn's own table
-under the name that Serve's servers use ("auto").
+Serve builds its servers itself and leaves no door for a protocol class; ``install`` puts this one in uvicorn's own
+table under the name that Serve's servers use ("auto").
 
 Example:
     >>> install(ServingConfig(...).limits)
@@ -68,6 +68,16 @@ class _Parser(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def wait_if_idle(self) -> None:
+        """Begins it where a connection is between two requests and nothing else would end it.
+
+        uvicorn stops its keep-alive clock at any byte, and starts it again only with the next answer: an empty line, or
+        the rest of a body that nobody reads, would leave a connection without a clock.
+        """
+        is_idle = not self.in_head and (self.cycle is None or self.cycle.response_complete)
+        if is_idle and self._timer is None and self.timeout_keep_alive_task is None:
+            self.wait_for_head()
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -161,6 +171,7 @@ class GuardedProtocol(asyncio.BufferedProtocol):
         parser.data_received(bytes(self._buffer[:nbytes]))
         if not parser.in_head:
             self._head_bytes = 0
+            parser.wait_if_idle()
             return
         self._head_bytes += nbytes
         if self._head_bytes > self._limits.max_head_bytes:

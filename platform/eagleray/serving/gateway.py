@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,7 +38,6 @@ from eagleray.serving.refusals import (
     unsupported_media_type,
 )
 from eagleray.serving.settings import ServingConfig
-from eagleray.serving.telemetry import ADMISSIONS
 from eagleray.serving.visits import NOBODY, Visit, Watch, first, open_visit
 
 LOG = logging.getLogger("eagleray.serving.gateway")
@@ -59,6 +59,7 @@ DROPPED = frozenset(
     ]
 )
 OURS = b"x-eagleray-"
+MULTIPLEXED = b"serve_multiplexed_model_id"  # Serve's router prefers a replica that has this model in memory
 TIMEOUT_SLACK_S = 1.0  # the app answers a passed deadline itself; Serve's timeout is for a replica that hangs
 LINGER_S = 0.5  # a refused upload's connection is closed so much later: a client that still sends can read the answer
 TRIES = 2
@@ -97,6 +98,7 @@ class Gateway:
         self._limits = BodyLimits(limits.max_body_bytes, limits.body_timeout_s)
         self._budget = Budget(limits.max_buffered_bytes)
         self._models = tuple(entry.name for entry in config.models)
+        self._has_more_than_fit = len(self._models) > config.memory.max_loaded_models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers or passes on one request."""
@@ -171,8 +173,7 @@ class Gateway:
 
     async def _pass_on(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
         """Gives the request to the app; again, once, when it ends without an answer."""
-        if visit.tenant != NOBODY:
-            self._watch.meter.add(ADMISSIONS, tenant=visit.tenant, outcome="admitted")
+        visit.taken_s = time.monotonic()
         scope = self._inner_scope(visit)
         outbound.closes = visit.closes
         for attempt in range(TRIES if visit.target.action else 1):
@@ -223,6 +224,9 @@ class Gateway:
         headers.append((b"traceparent", visit.trace.to_header().encode()))
         if visit.target.types:
             headers.append((b"content-length", str(len(visit.body.data)).encode()))
+        asked = visit.target.model or self._models[0]
+        if self._has_more_than_fit and visit.target.action and asked in self._models:
+            headers.append((MULTIPLEXED, asked.encode()))
         state = dict(visit.scope.get("state") or {})
         if visit.tenant != NOBODY:
             timeout_s = self._config.limits.deadline_s + TIMEOUT_SLACK_S

@@ -1,8 +1,9 @@
 """How the gateway gets into processes that are not ours: Serve's proxies, and replicas that listen themselves.
 
-Serve calls one function without arguments in each of them and installs the middlewares that it returns. So the settings
-stand in a file, and an environment variable names the file: what stands in the environment itself is seen by everyone
-who may list processes. Without the variable, or with a file that does not hold, the function raises and no proxy starts.
+Serve calls one function without arguments in each of them and installs the middlewares that it returns. So the
+settings stand in a file, and an environment variable names the file: what stands in the environment itself can be seen
+by others of this machine. Without the variable, or with a file that does not hold, the function raises and no proxy
+starts.
 
 Example:
     >>> path = write_settings(config, folder)
