@@ -36,6 +36,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("eagleray.cli.releasing:export", "Write a bundle for an engine, once it answers as the model did."),
     "serve": Verb("eagleray.cli.serving:serve", "Serve models over HTTP on this machine, until Ctrl-C."),
     "rollout": Verb("eagleray.cli.serving:rollout", "Replace a model of a running service; no request fails."),
+    "apikeys": Verb("eagleray.cli.access:apikeys", "Make, list and end the API keys of a service."),
     "predict": Verb("eagleray.cli.archive:predict", "Score a few images here and now, without Ray."),
     "report": Verb("eagleray.cli.archive:report", "Build the HTML page of a finished run again."),
     "demo": Verb("eagleray.cli.archive:demo", "Score a real archive with a real model, to see all of it work."),
