@@ -1,4 +1,4 @@
-"""What a person says about a service becomes its settings or a refusal; HAProxy runs on a mended config or not at all."""
+"""What a person says about a service becomes its settings or a refusal; HAProxy runs on a mended config or not."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import os
 import socket
 import stat
 import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from eagleray.cli.serving import guide
 from eagleray.core.config import load
-from eagleray.core.errors import ArtifactError, ClusterError, ConfigError
-from eagleray.flows import serve_haproxy, serve_local
+from eagleray.core.errors import ArtifactError, CapabilityError, ClusterError, ConfigError
+from eagleray.flows import deployment, serve_haproxy, serve_local
 from eagleray.flows.listeners import Listener, listeners, unexpected
 from eagleray.flows.serve import Running, ServeConfig, to_serving
 from eagleray.serving.settings import HttpConfig
@@ -210,6 +212,39 @@ def test_what_other_machines_reach_is_found() -> None:
         assert unexpected(found, allowed=[port]) == []
     assert not Listener("::", 80, "x").is_loopback
     assert Listener("::1", 80, "x").is_loopback
+    assert Listener("::ffff:127.0.0.1", 80, "x").is_loopback  # as Ray's own listeners are told
+    assert not Listener("::ffff:10.0.0.1", 80, "x").is_loopback
+
+
+@pytest.mark.parametrize(("node", "address"), [("127.0.0.1", "127.0.0.1:0"), ("fd00::1", "[fd00::1]:0")])
+def test_the_inner_server_of_a_replica_is_bound_to_its_node(
+    node: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve 2.60 binds it to every address, and unpickles what it is sent; seen at the first start of a service."""
+    asked: list[str] = []
+    replica = types.ModuleType("ray.serve._private.replica")
+    replica.add_port_to_grpc_server = lambda server, where: asked.append(where)  # type: ignore[attr-defined]
+    ray = types.ModuleType("ray")
+    ray.util = types.SimpleNamespace(get_node_ip_address=lambda: node)  # type: ignore[attr-defined]
+    private = types.ModuleType("ray.serve._private")
+    private.replica = replica  # type: ignore[attr-defined]
+    for module in (ray, types.ModuleType("ray.serve"), private, replica):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    ray.__version__ = "2.60.0"  # type: ignore[attr-defined]
+    deployment.bind_inner_server()
+    replica.add_port_to_grpc_server("server", "[::]:0")  # type: ignore[attr-defined]
+    assert asked == [address]
+    del replica.add_port_to_grpc_server  # type: ignore[attr-defined]
+    with pytest.raises(CapabilityError, match="another way"):
+        deployment.bind_inner_server()
+
+
+def test_ray_still_starts_the_inner_server_there() -> None:
+    ray = importlib.util.find_spec("ray")
+    assert ray
+    assert ray.origin
+    source = (Path(ray.origin).parent / "serve" / "_private" / "replica.py").read_text(encoding="utf-8")
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in source
 
 
 def test_the_environment_of_ray_is_complete(tmp_path: Path) -> None:

@@ -68,10 +68,11 @@ def serve(
         engines=engines,
     )
 
+    out = sys.stdout  # while it serves, what Ray prints there goes to stderr
+
     def announce(running: Running) -> None:
-        text = json.dumps(_facts(running)) if common.is_json else guide(running)
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        out.write((json.dumps(_facts(running)) if common.is_json else guide(running)) + "\n")
+        out.flush()
 
     said = run(config, announce=announce, is_quiet=common.is_json)
     return Outcome(said, f"served {said['seconds']:g} s at {said['url']}")

@@ -6,6 +6,9 @@ What is set and why (Ray Serve 2.60, read in its source and measured, docs/log.m
   old one only then (``max_surge_percent``): no request meets a replica that cannot answer;
 - the canary runs in the replica, in its own rhythm; Serve asks only for the verdict, each second, and replaces the
   replica at the third bad one, its fixed count: a hung engine is gone a few seconds after the canary says so;
+- Serve 2.60 gives every replica a gRPC server for calls between deployments, on every address, without TLS or a token
+  unless RAY_USE_TLS is set, and what it is sent is unpickled: it is bound to the node's own address, which is loopback
+  for an embedded Ray;
 - Serve's own delays of scaling are off, as the policy has its own; its counts of requests stay for scale to zero.
 
 Example:
@@ -21,6 +24,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from eagleray.core.config import load
+from eagleray.core.errors import CapabilityError
+from eagleray.flows.multiplexing import routed
 from eagleray.flows.scale_policy import ScalePolicy
 from eagleray.serving.settings import ServingConfig
 
@@ -29,6 +34,7 @@ DEPLOYMENT = "models"
 CANARY_FAILURES = 2  # in a row: one may be a machine that stood still for a moment
 VERDICT_PERIOD_S, VERDICT_TIMEOUT_S = 1.0, 5.0  # Serve asks for the verdict
 VERDICTS = 3  # bad ones in a row until Serve replaces a replica; a constant of its own
+EVERY_ADDRESS = "[::]"
 DRAIN_LOOP_S = 0.2
 RETRY_AFTER_S = 1.0
 # Of the replicas at a time: with few of them one by one, with many in four rounds
@@ -55,11 +61,12 @@ class Replica:
         from eagleray.serving.models import ModelShelf
         from eagleray.serving.window import RequestWindow
 
+        bind_inner_server()
         self._config, self._generation = load(ServingConfig, overrides=settings), generation
         self._meter = RayMeter()
-        self._shelf = ModelShelf(self._config, meter=self._meter)
+        self.shelf = ModelShelf(self._config, meter=self._meter)
         self._window, self._illness = RequestWindow(), ""
-        await self._shelf.start()
+        await self.shelf.start()
         self._watch = asyncio.get_running_loop().create_task(self._watch_health())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -69,7 +76,7 @@ class Replica:
         from eagleray.serving.window import Watched
 
         tracer = tracer_from_environment()
-        app = build_app(self._shelf, limits=self._config.limits, meter=self._meter, tracer=tracer)
+        app = build_app(self.shelf, limits=self._config.limits, meter=self._meter, tracer=tracer)
         return Watched(app, self._window)
 
     async def check_health(self) -> None:
@@ -86,8 +93,8 @@ class Replica:
         figures = self._window.figures(since_s=10 * self._config.autoscale.period_s)
         p99 = figures.latency_ms_p99
         return {
-            "queue_delay_s": self._shelf.queue_delay_s(),
-            "utilization": self._shelf.utilization(),
+            "queue_delay_s": self.shelf.queue_delay_s(),
+            "utilization": self.shelf.utilization(),
             "latency_ms_p99": -1.0 if p99 is None else p99,
         }
 
@@ -115,7 +122,7 @@ class Replica:
         while failures < CANARY_FAILURES:
             await asyncio.sleep(self._config.canary.period_s)
             try:
-                await self._shelf.check_health()
+                await self.shelf.check_health()
                 failures = 0
             except Exception as error:  # noqa: BLE001  whatever it is, this replica cannot show that it is well
                 failures += 1
@@ -126,7 +133,31 @@ class Replica:
         """Serve calls it after the requests have ended."""
         with contextlib.suppress(AttributeError):  # the constructor failed
             self._watch.cancel()
-            await self._shelf.drain(self._config.drain_s)
+            await self.shelf.drain(self._config.drain_s)
+
+
+def bind_inner_server() -> None:
+    """Has this replica's inner gRPC server, which Serve starts after the constructor, bound to the node's address only.
+
+    Raises:
+        CapabilityError: Serve starts it otherwise than the release that this was written for: nothing is served then.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    bind = getattr(replica, "add_port_to_grpc_server", None)
+    if bind is None:
+        raise CapabilityError(
+            f"Ray {ray.__version__} starts a replica's gRPC server in another way",
+            expected="Ray 2.60",
+            fix="pip install -c constraints.txt eagleray",
+        )
+    host = ray.util.get_node_ip_address()
+
+    def bound(server: Any, address: str) -> Any:
+        return bind(server, address.replace(EVERY_ADDRESS, f"[{host}]" if ":" in host else host))
+
+    replica.add_port_to_grpc_server = bound
 
 
 def build(config: ServingConfig, *, generation: str = "") -> Any:
@@ -142,8 +173,8 @@ def build(config: ServingConfig, *, generation: str = "") -> Any:
     from ray import serve
 
     settings = config.model_dump(mode="json")
-    made = serve.deployment(serve.ingress()(Replica)).options(name=DEPLOYMENT, **options(config))
-    return made.bind(settings, generation)
+    kind = serve.ingress()(routed(Replica, config))
+    return serve.deployment(name=DEPLOYMENT, **options(config))(kind).bind(settings, generation)
 
 
 def options(config: ServingConfig) -> dict[str, Any]:

@@ -214,17 +214,18 @@ def _named(text: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, in place of what they do else: the end of a service is no error."""
+    """An event that Ctrl-C, SIGTERM and a closed terminal set: the end of a service is no error."""
     ended = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield ended
         return
-    saved = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    saved = {name: signal.signal(getattr(signal, name), lambda *_: ended.set()) for name in names}
     try:
         yield ended
     finally:
-        for number, handler in saved.items():
-            signal.signal(number, handler)
+        for name, handler in saved.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def _watch(ended: threading.Event, note: Note) -> None:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -144,12 +146,13 @@ def started(config: ServingConfig, folder: Path) -> Iterator[Service]:
         num_cpus=math.ceil(2 * replicas * config.memory.cpus) + SPARE_CPUS,  # an update holds old and new at once
         folder=folder / "ray",
     )
-    with cluster(None, embedded):
+    with contextlib.redirect_stdout(sys.stderr), cluster(None, embedded):  # Ray prints what nodes say to stdout
         import ray
         from ray import serve
 
         from eagleray.flows.deployment import APP, build, log_settings
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # here; replicas and proxies have settings of their own
         try:
             serve.start(
                 proxy_location="HeadOnly",
@@ -166,7 +169,13 @@ def started(config: ServingConfig, folder: Path) -> Iterator[Service]:
             with state_kept(http.port, {"url": service.url, "address": address, "pid": os.getpid()}):
                 yield service
         finally:
-            serve.shutdown()
+            _shut_down(serve)
+
+
+def _shut_down(serve: Any) -> None:
+    """Ends Serve; Ray prints to stdout that the controller it has killed is dead, which is no news."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        serve.shutdown()
 
 
 def http_options(config: ServingConfig) -> dict[str, Any]:
