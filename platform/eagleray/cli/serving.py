@@ -41,6 +41,9 @@ def serve(
     auth: Annotated[str | None, typer.Option("--auth", metavar="HOW", help="keys, or none: loopback only.")] = None,
     tls_cert: Annotated[str | None, typer.Option("--tls-cert", metavar="FILE", help="PEM chain; speaks TLS.")] = None,
     tls_key: Annotated[str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key.")] = None,
+    request_log: Annotated[
+        str | None, typer.Option("--request-log", metavar="DIR", help="Keep a line a request there; never an input.")
+    ] = None,
     runtime: Runtime = None,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Of one engine.")] = None,
     engines: Annotated[int | None, typer.Option("--engines", metavar="N", help="Engines of a model.")] = None,
@@ -63,6 +66,7 @@ def serve(
         auth=auth,
         tls_cert=tls_cert,
         tls_key=tls_key,
+        request_log=request_log,
         runtime=runtime,
         threads=threads,
         engines=engines,

@@ -71,12 +71,18 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """The app of this replica (Serve calls it once, after the constructor)."""
+        from eagleray.flows.serve_gateway import request_log
         from eagleray.flows.tracing import tracer_from_environment
         from eagleray.serving.app import build_app
         from eagleray.serving.window import Watched
 
-        tracer = tracer_from_environment()
-        app = build_app(self.shelf, limits=self._config.limits, meter=self._meter, tracer=tracer)
+        app = build_app(
+            self.shelf,
+            limits=self._config.limits,
+            meter=self._meter,
+            tracer=tracer_from_environment(),
+            log=request_log(),
+        )
         return Watched(app, self._window)
 
     async def check_health(self) -> None:

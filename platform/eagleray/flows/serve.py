@@ -24,6 +24,7 @@ from pydantic import Field, field_validator
 from eagleray.core.config import Config, load
 from eagleray.core.errors import ConfigError
 from eagleray.core.progress import Note, notes
+from eagleray.core.storage import make_folder
 from eagleray.flows.scoring_place import RuntimeName
 from eagleray.serving.access import KeyRequest, create_key
 from eagleray.serving.settings import (
@@ -56,6 +57,7 @@ class ServeConfig(Config):
         keys: The key file; none: a key of this run.
         auth: ``none``: no keys, on loopback only.
         tls_cert, tls_key: PEM files.
+        request_log: Folder that keeps a line a request (serving/request_log.py); none: they go with the service.
         batching, limits, slo, autoscale, canary, memory, rates, drain_s: See serving/settings.py.
     """
 
@@ -71,6 +73,7 @@ class ServeConfig(Config):
     auth: Literal["keys", "none"] = "keys"
     tls_cert: str | None = None
     tls_key: str | None = None
+    request_log: str | None = None
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     slo: SloConfig = Field(default_factory=SloConfig)
@@ -153,6 +156,7 @@ def run(config: ServeConfig, *, announce: Callable[[Running], None], is_quiet: b
 def _prepared(config: ServeConfig, folder: Path) -> ServingConfig:
     """The settings with a port that is free and a key file that is there, written for the gateway too."""
     from eagleray.flows import serve_local
+    from eagleray.flows.serve_gateway import REQUESTS_FOLDER
     from eagleray.flows.serve_haproxy import check_certificate
     from eagleray.serving.installation import write_settings
 
@@ -174,6 +178,8 @@ def _prepared(config: ServeConfig, folder: Path) -> ServingConfig:
             expected="a file that `eagleray apikeys create` wrote",
             fix=f"eagleray apikeys create --file {keys} --tenant NAME, or leave --keys out for a key of this run",
         )
+    if config.request_log:
+        (folder / REQUESTS_FOLDER).symlink_to(make_folder(config.request_log).resolve())  # files in it are 0600
     write_settings(serving, folder)
     return serving
 
