@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 
 from eagleray.flows.serve_metrics import RayMeter
 from eagleray.flows.tracing import tracer_from_environment
-from eagleray.serving.installation import read_settings, serve_middlewares
+from eagleray.serving.installation import read_settings, serve_middlewares, state_folder
 from eagleray.serving.request_log import RequestLog
 from eagleray.serving.visits import Watch
 
@@ -43,4 +43,4 @@ def request_log() -> RequestLog:
         StorageError: The folder cannot be made.
     """
     _, path = read_settings()
-    return RequestLog(path.with_name(REQUESTS_FOLDER))
+    return RequestLog(state_folder(path) / REQUESTS_FOLDER)

@@ -13,15 +13,15 @@ Example:
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from pydantic import ValidationError
 from starlette.middleware import Middleware
 
+from eagleray.core.config import load
 from eagleray.core.errors import ConfigError
-from eagleray.core.storage import write_private
+from eagleray.core.storage import make_folder, write_private
+from eagleray.infer.runtimes.memory import cache_folder
 from eagleray.serving.access import KeyFile
 from eagleray.serving.admission import FileLedger, RateLimiter
 from eagleray.serving.connections import install
@@ -56,7 +56,7 @@ def read_settings(path: str | Path | None = None) -> tuple[ServingConfig, Path]:
     """The settings, and their path.
 
     Args:
-        path: The file; None = the one that SETTINGS_VARIABLE names.
+        path: The file, JSON or YAML; None = the one that SETTINGS_VARIABLE names.
 
     Raises:
         ConfigError: The variable is not set, or the file is missing or does not hold.
@@ -68,12 +68,22 @@ def read_settings(path: str | Path | None = None) -> tuple[ServingConfig, Path]:
             expected="the path of the file that write_settings made",
             fix="start the service with eagleray serve, or set it for every process of the cluster",
         )
-    try:
-        return ServingConfig.model_validate(json.loads(Path(found).read_bytes())), Path(found)
-    except (OSError, ValidationError, ValueError) as error:
-        raise ConfigError(
-            f"the settings {found} do not hold: {error}", expected="what write_settings wrote", fix="write it again"
-        ) from error
+    path = Path(found).absolute()
+    if not path.is_file():
+        raise ConfigError(f"no settings at {path}", expected="what write_settings wrote, or YAML", fix="write it")
+    return load(ServingConfig, recipe=path), path
+
+
+def state_folder(path: Path) -> Path:
+    """Where counters and the request log stand: beside the settings, or in the cache where that is not writable.
+
+    Args:
+        path: Of the settings. Those of a cluster may lie on a read-only mount (a ConfigMap).
+
+    Raises:
+        StorageError: Neither can be written.
+    """
+    return path.parent if os.access(path.parent, os.W_OK) else make_folder(cache_folder("serving"))
 
 
 def serve_middlewares(watch: Watch | None = None) -> list[Middleware]:
@@ -88,6 +98,6 @@ def serve_middlewares(watch: Watch | None = None) -> list[Middleware]:
     """
     config, path = read_settings()
     keys = KeyFile(config.access.keys_file) if config.access.auth == "keys" and config.access.keys_file else None
-    limiter = RateLimiter(FileLedger(path.with_name(RATES_FILE), config.rates.max_tenants))
+    limiter = RateLimiter(FileLedger(state_folder(path) / RATES_FILE, config.rates.max_tenants))
     install(config.limits)
     return [Middleware(Gateway, config=config, keys=keys, limiter=limiter, watch=watch)]
