@@ -56,11 +56,13 @@ class Embedded:
             hangs on it. Ray reads most of it when it is imported: too late for a process that has imported it.
         num_cpus: Logical CPUs; None: the cores and some to spare.
         folder: Where Ray keeps its sockets and logs; None: its own place.
+        metrics_port: Where Prometheus reads, on loopback; None: any that is free.
     """
 
     environment: Mapping[str, str] = field(default_factory=dict)
     num_cpus: int | None = None
     folder: Path | None = None
+    metrics_port: int | None = None
 
 
 def resolve_address(address: str | None) -> str | None:
@@ -161,6 +163,7 @@ def _connect(ray: Any, address: str | None, embedded: Embedded) -> None:
                     object_store_memory=OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     **({"_temp_dir": str(embedded.folder)} if embedded.folder else {}),
+                    **({"_metrics_export_port": embedded.metrics_port} if embedded.metrics_port else {}),
                     **quiet,
                 )
             else:

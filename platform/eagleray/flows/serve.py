@@ -58,6 +58,7 @@ class ServeConfig(Config):
         auth: ``none``: no keys, on loopback only.
         tls_cert, tls_key: PEM files.
         request_log: Folder that keeps a line a request (serving/request_log.py); none: they go with the service.
+        metrics_port: Where Prometheus reads, on loopback; none: any port that is free.
         batching, limits, slo, autoscale, canary, memory, rates, drain_s: See serving/settings.py.
     """
 
@@ -74,6 +75,7 @@ class ServeConfig(Config):
     tls_cert: str | None = None
     tls_key: str | None = None
     request_log: str | None = None
+    metrics_port: int | None = Field(None, ge=1, le=65535)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     slo: SloConfig = Field(default_factory=SloConfig)
@@ -134,7 +136,7 @@ def run(config: ServeConfig, *, announce: Callable[[Running], None], is_quiet: b
     with serve_local.private_folder() as folder:
         serving = _prepared(config, folder)
         digests = [load_bundle(entry.bundle).model_digest for entry in serving.models]  # refused before Ray starts
-        with serve_local.started(serving, folder) as service, _interrupts() as ended:
+        with serve_local.started(serving, folder, metrics_port=config.metrics_port) as service, _interrupts() as ended:
             up = time.monotonic()
             announce(
                 Running(

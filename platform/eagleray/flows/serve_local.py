@@ -125,12 +125,13 @@ def _port_error(http: HttpConfig, error: OSError) -> ConfigError:
 
 
 @contextlib.contextmanager
-def started(config: ServingConfig, folder: Path) -> Iterator[Service]:
+def started(config: ServingConfig, folder: Path, *, metrics_port: int | None = None) -> Iterator[Service]:
     """Starts a service and ends it: Ray, Serve, its replicas, all of it.
 
     Args:
         config: The service; ``http.port`` is not 0.
         folder: Its private folder, with the gateway's settings in it.
+        metrics_port: Where Prometheus reads.
 
     Yields:
         Where it is, once every replica answers.
@@ -145,6 +146,7 @@ def started(config: ServingConfig, folder: Path) -> Iterator[Service]:
         environment=environment(config, folder),
         num_cpus=math.ceil(2 * replicas * config.memory.cpus) + SPARE_CPUS,  # an update holds old and new at once
         folder=folder / "ray",
+        metrics_port=metrics_port,
     )
     with contextlib.redirect_stdout(sys.stderr), cluster(None, embedded):  # Ray prints what nodes say to stdout
         import ray
