@@ -73,9 +73,10 @@ class Ticket(Generic[In, Out]):
         prepared_s: Seconds that its maker spent on the item: no part of its wait.
         is_gone: Whether nobody awaits it any more.
         is_queued: Whether it is in the queue now.
+        is_ahead: Whether no engine has begun it yet.
     """
 
-    __slots__ = ("deadline", "future", "is_gone", "is_queued", "item", "loop", "made", "prepared_s")
+    __slots__ = ("deadline", "future", "is_ahead", "is_gone", "is_queued", "item", "loop", "made", "prepared_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deadline: float, made: float) -> None:
         self.loop, self.deadline, self.made = loop, deadline, made
@@ -83,6 +84,7 @@ class Ticket(Generic[In, Out]):
         self.item: In | None = None
         self.prepared_s = 0.0
         self.is_gone = self.is_queued = False
+        self.is_ahead = True
 
     def fail(self, error: Exception) -> None:
         """Ends it with an error; from any thread."""
@@ -124,6 +126,7 @@ class Batcher(Generic[In, Out]):
         self._running: list[tuple[float, int] | None] = [None] * len(runs)  # when each engine began, on how many
         self._busy_s = 0.0
         self._open = 0  # tickets that are not answered yet: being made, queued or running
+        self._ahead = 0  # of them, those that no engine has begun
         self._is_draining = self._is_closed = False
         self._emptied: asyncio.Future[None] | None = None
         self._threads = [
@@ -144,6 +147,7 @@ class Batcher(Generic[In, Out]):
         ticket: Ticket[In, Out] = Ticket(asyncio.get_running_loop(), deadline, self._clock())
         with self._changed:
             self._open += 1
+            self._ahead += 1
         ticket.future.add_done_callback(lambda future: self._end(ticket, is_cancelled=future.cancelled()))
         return ticket
 
@@ -209,13 +213,13 @@ class Batcher(Generic[In, Out]):
         """The wait for an engine that a new item would have, estimated; those not yet in the queue are counted too."""
         with self._changed:
             running = [one for one in self._running if one]
-            ahead = self._open - sum(size for _, size in running)
+            ahead = self._ahead
             free = len(self._running) - len(running)
             if free > 0 and ahead < free:
                 return 0.0
             now = self._clock()
             left = [max(0.0, started + self.times.of(size) - now) for started, size in running]
-            full = self.times.of(self._largest) * (max(0, ahead) // self._largest)
+            full = self.times.of(self._largest) * (ahead // self._largest)
         return (0.0 if free else min(left)) + full / len(self._running)
 
     async def drain(self) -> None:
@@ -242,6 +246,7 @@ class Batcher(Generic[In, Out]):
         """A ticket is answered, or nobody wants its answer."""
         with self._changed:
             self._open -= 1
+            self._count_out(ticket)
             ticket.is_gone = True
             if ticket.is_queued:
                 self._queue.remove(ticket)
@@ -262,12 +267,27 @@ class Batcher(Generic[In, Out]):
                     if self._is_closed:
                         return
                     self._changed.wait()
-                self._running[number] = (self._clock(), len(batch))
-            self._run(run, batch)
-            with self._changed:
-                begun = self._running[number]
-                self._busy_s += self._clock() - begun[0] if begun else 0.0
+                started = self._clock()
+                self._running[number] = (started, len(batch))
+                for ticket in batch:
+                    self._count_out(ticket)
+            outcome = self._attempt(run, batch)
+            if isinstance(outcome, Exception) and len(batch) > 1:  # run again one by one: only what is at fault fails
+                self._tell(batch, _Split())
+                for ticket in batch:
+                    if not ticket.is_gone:
+                        self._tell([ticket], self._attempt(run, [ticket]))
+                batch = []
+            with self._changed:  # before the answers are told: who asks next must not find this batch still running
+                self._busy_s += self._clock() - started
                 self._running[number] = None
+            self._tell(batch, outcome)
+
+    def _count_out(self, ticket: Ticket[In, Out]) -> None:
+        """It does not wait any more; lock held."""
+        if ticket.is_ahead:
+            ticket.is_ahead = False
+            self._ahead -= 1
 
     def _take(self) -> list[Ticket[In, Out]]:
         """The next batch, lock held: the share of a free engine, without those whom it could not help any more."""
@@ -308,28 +328,21 @@ class Batcher(Generic[In, Out]):
                 return smaller
         return size
 
-    def _run(self, run: Callable[[Sequence[In]], Sequence[Out]], batch: list[Ticket[In, Out]]) -> None:
-        """Runs a batch, one by one where the whole fails, and gives each its answer."""
+    def _attempt(self, run: Callable[[Sequence[In]], Sequence[Out]], batch: list[Ticket[In, Out]]) -> _Ran | Exception:
+        """Runs a batch; what the engine raised is its outcome."""
         started = self._clock()
         try:
             values = run([ticket.item for ticket in batch])  # type: ignore[misc]
             if len(values) != len(batch):
                 raise RuntimeError(f"the engine gave {len(values)} answers for {len(batch)} items")
         except Exception as error:  # noqa: BLE001  whatever an engine raises is these items', not the thread's
-            if len(batch) == 1:
-                batch[0].fail(error)
-                return
-            self._tell(batch, _Split())
-            for ticket in batch:
-                if not ticket.is_gone:
-                    self._run(run, [ticket])
-            return
+            return error
         run_s = self._clock() - started
         with self._changed:
             self.times.learn(len(batch), run_s)
-        self._tell(batch, _Ran(values, started, run_s))
+        return _Ran(values, started, run_s)
 
-    def _tell(self, batch: list[Ticket[In, Out]], what: _Split | _Ran) -> None:
+    def _tell(self, batch: list[Ticket[In, Out]], what: _Split | _Ran | Exception) -> None:
         """Goes to the loops that wait: one call a batch."""
         start = 0
         for loop, group in groupby(batch, key=lambda ticket: ticket.loop):
@@ -338,10 +351,14 @@ class Batcher(Generic[In, Out]):
                 loop.call_soon_threadsafe(self._answer, part, what, start, len(batch))
             start += len(part)
 
-    def _answer(self, part: list[Ticket[In, Out]], what: _Split | _Ran, start: int, size: int) -> None:
+    def _answer(self, part: list[Ticket[In, Out]], what: _Split | _Ran | Exception, start: int, size: int) -> None:
         if isinstance(what, _Split):
             if start == 0:
                 self._meter.add(SPLIT_BATCHES, model=self._model)
+            return
+        if isinstance(what, Exception):
+            for ticket in part:
+                ticket.fail_here(what)
             return
         if start == 0:
             self._meter.observe(INFER, what.run_s, model=self._model)
