@@ -15,6 +15,7 @@ import pytest
 from eagleray.core.errors import ArtifactError, CapabilityError
 from eagleray.infer.classifier import Classifier
 from eagleray.infer.probes import make_probes
+from eagleray.infer.runtimes.cuda_driver import CudaDriver
 from eagleray.serving import loaded_model, models
 from eagleray.serving.gpu_memory import MIB, GpuMemory
 from eagleray.serving.models import ModelShelf
@@ -26,6 +27,7 @@ from eagleray.vision.bundle import load_bundle, save_bundle
 from eagleray.vision.images import decode
 from eagleray.vision.prediction import ThresholdPolicy
 
+from tests.cuda_recorder import CudaRecorder
 from tests.tiny_model import make_bundle
 
 Photo = Callable[..., bytes]
@@ -465,8 +467,9 @@ def test_gpu_memory_is_counted_by_what_was_free_before_and_after() -> None:
     for name, total, is_within in (("a", 600, True), ("b", 900, True), ("c", 1400, False)):
         memory.begin()
         memory.end(name)
-        assert (memory.taken_mib, memory.is_within) == (total, is_within)
+        assert (memory.taken_mib, memory.is_within()) == (total, is_within)
     assert "c takes 500 MiB of GPU memory, beside 900 MiB" in str(memory.refusal("c"))
+    assert memory.is_within(without=["a"])
     memory.forget("b")
     assert memory.taken_mib == 1100
 
@@ -474,3 +477,53 @@ def test_gpu_memory_is_counted_by_what_was_free_before_and_after() -> None:
 def test_a_gpu_without_the_memory_that_is_promised_is_refused() -> None:
     with pytest.raises(CapabilityError, match="999 MiB free"):
         GpuMemory(1000, read_free=lambda: 999 * MIB).check_free()
+
+
+@pytest.fixture
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that say they run on CUDA and run on the CPU."""
+    real = models.load_model
+
+    def load(entry: Any, *rest: Any, **more: Any) -> Any:
+        model = real(entry.model_copy(update={"device": "cpu"}), *rest, **more)
+        model.card = replace(model.card, device="cuda")
+        return model
+
+    monkeypatch.setattr(models, "load_model", load)
+
+
+def cuda_config(bundles: dict[str, Path], *names: str) -> ServingConfig:
+    base = config_of(bundles, *names, memory={"gpus": 0.5, "gpu_memory_mib": 1000})
+    return base.model_copy(
+        update={"models": tuple(entry.model_copy(update={"device": "cuda"}) for entry in base.models)}
+    )
+
+
+@pytest.mark.usefixtures("on_a_card")
+def test_models_go_until_a_new_one_fits_the_gpu(bundles: dict[str, Path]) -> None:
+    async def body(shelf: ModelShelf) -> None:
+        assert shelf.loaded() == ("a", "c")  # b made room: 400 + 300 + 500 is above 1000
+
+    memory = GpuMemory(1000, read_free=Card(4000, [400, 300, 500]))
+    serving(cuda_config(bundles, "a", "b", "c"), body, gpu_memory=memory)
+
+
+@pytest.mark.usefixtures("on_a_card")
+def test_a_model_that_can_never_fit_is_refused_and_puts_nobody_out(bundles: dict[str, Path]) -> None:
+    async def run() -> None:
+        shelf = ModelShelf(
+            cuda_config(bundles, "a", "b", "c"), gpu_memory=GpuMemory(1000, read_free=Card(4000, [400, 300, 700]))
+        )
+        with pytest.raises(CapabilityError, match="c takes 700 MiB"):
+            await shelf.start()
+        assert shelf.loaded() == ("a", "b")
+        await shelf.drain(1.0)
+
+    asyncio.run(run())
+
+
+def test_the_driver_tells_the_free_memory() -> None:
+    driver = CudaDriver(CudaRecorder())
+    free, total = driver.memory_info()
+    driver.memory(4096)
+    assert driver.memory_info() == (free - 4096, total)

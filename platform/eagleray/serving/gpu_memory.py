@@ -11,7 +11,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from eagleray.core.errors import CapabilityError
 
@@ -47,10 +47,9 @@ class GpuMemory:
         """What the loaded models take."""
         return sum(self._taken.values()) / MIB
 
-    @property
-    def is_within(self) -> bool:
-        """Whether all that is loaded fits the budget."""
-        return sum(self._taken.values()) <= self._budget
+    def is_within(self, *, without: Collection[str] = ()) -> bool:
+        """Whether all that is loaded, or would be without some models, fits the budget."""
+        return sum(size for name, size in self._taken.items() if name not in without) <= self._budget
 
     def check_free(self) -> None:
         """Looks whether the device has what the budget promises; before the first model.

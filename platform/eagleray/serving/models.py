@@ -179,8 +179,7 @@ class ModelShelf:
         """
         self.tell()
         stuck_s = self._decoder.longest_s()
-        checks = [self._check(name) for name in self._loaded if name in self._canaries]
-        found = [one for one in await asyncio.gather(*checks) if one is not None]
+        found = [one for one in await asyncio.gather(*map(_check, self._canaries.values())) if one is not None]
         if stuck_s > self._config.limits.deadline_s:
             found.append(Unhealthy(f"an image has been in its decoder for {stuck_s:.0f} s"))
         self._is_well = not found
@@ -200,17 +199,9 @@ class ModelShelf:
         left_s = self._config.drain_s if timeout_s is None else timeout_s
         answered = await asyncio.gather(*(model.drain(left_s) for model in self._loaded.values()))
         self._loaded.clear()
+        self._canaries.clear()
         self._decoder.close()
         return all(answered)
-
-    async def _check(self, name: str) -> Unhealthy | None:
-        try:
-            await self._canaries[name].check()
-        except Unhealthy as ill:
-            return ill
-        except Closed:  # it was put away meanwhile
-            return None
-        return None
 
     async def _admit(self, ask: Ask) -> LoadedModel:
         """The model of a request that can be answered in time."""
@@ -251,22 +242,37 @@ class ModelShelf:
         async with self._one_load:
             await asyncio.to_thread(load_bundle, self._entries[name].bundle)  # nobody makes room for a broken one
             while len(self._loaded) >= self._config.memory.max_loaded_models:
-                await self._evict(but=name)
+                await self._evict(next(filter(self._may_go, self._loaded)))
             started = self._clock()
             model, canary = await asyncio.to_thread(self._compile, self._entries[name])
-            memory = self._gpu_memory
-            while memory is not None and not memory.is_within and model.card.device == "cuda":
-                if not await self._evict(but=name):
-                    model.close()
-                    refusal = memory.refusal(name)
-                    memory.forget(name)
-                    raise refusal
+            await self._fit_gpu(model)
+            if self._is_draining:
+                model.close()
+                raise refusals.not_ready("the replica is being put away; ask again")
             self._loaded[name], self._canaries[name] = model, canary
             self._cards[name] = model.card
             self._meter.observe(LOAD, self._clock() - started, model=name)
             self._meter.set(LOADED, float(len(self._loaded)))
             model.tell()
             return model
+
+    async def _fit_gpu(self, new: LoadedModel) -> None:
+        """Makes room for a model that has just been loaded, or closes it where others would have to go for nothing.
+
+        Raises:
+            CapabilityError: It does not fit beside the models that stay.
+        """
+        memory = self._gpu_memory
+        if memory is None or new.card.device != "cuda":
+            return
+        may_go = [name for name in self._loaded if self._may_go(name) and self._cards[name].device == "cuda"]
+        if not memory.is_within(without=may_go):
+            new.close()
+            refusal = memory.refusal(new.name)
+            memory.forget(new.name)
+            raise refusal
+        while not memory.is_within():
+            await self._evict(may_go.pop(0))
 
     def _compile(self, entry: ModelEntry) -> tuple[LoadedModel, Canary]:
         """In a thread: loading takes seconds."""
@@ -290,12 +296,12 @@ class ModelShelf:
             self._gpu_memory.end(entry.name)
         return model, canary
 
-    async def _evict(self, *, but: str) -> bool:
-        """Puts the model away that was asked longest ago; False when there is none that may go."""
-        is_pinned = self._config.memory.max_loaded_models > 1
-        name = next((one for one in self._loaded if one != but and not (is_pinned and one == self.default)), None)
-        if name is None:
-            return False
+    def _may_go(self, name: str) -> bool:
+        """The first model stays, unless there is room for one only."""
+        return name != self.default or self._config.memory.max_loaded_models == 1
+
+    async def _evict(self, name: str) -> None:
+        """Puts a model away, after it has answered what it holds."""
         model = self._loaded.pop(name)
         del self._canaries[name]
         self._cards[name] = replace(self._cards[name], is_loaded=False)
@@ -305,7 +311,6 @@ class ModelShelf:
         model.tell(is_loaded=False)
         self._meter.add(EVICTIONS, model=name)
         self._meter.set(LOADED, float(len(self._loaded)))
-        return True
 
     def _end_loading(self, name: str, done: asyncio.Task[LoadedModel]) -> None:
         self._loading.pop(name, None)
@@ -314,3 +319,14 @@ class ModelShelf:
             LOG.error("the model %s cannot be loaded: %s", name, error)
         if isinstance(error, EagleError):
             self._failed[name] = self._clock(), error
+
+
+async def _check(canary: Canary) -> Unhealthy | None:
+    """What is wrong with a model; None when nothing is, or when it was put away meanwhile."""
+    try:
+        await canary.check()
+    except Unhealthy as ill:
+        return ill
+    except Closed:
+        return None
+    return None
