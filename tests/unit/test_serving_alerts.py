@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from eagleray.serving.paths import OPEN, target_of
 from eagleray.serving.refusals import KINDS
 from eagleray.serving.settings import SloConfig
 from eagleray.serving.telemetry import LATENCY_S, METRICS, Metric
@@ -24,11 +25,15 @@ FROM_RAY = {"WorkerId", "NodeAddress", "application", "deployment", "replica", "
 FUNCTIONS = {"rate", "increase", "sum", "min", "max", "avg", "count", "histogram_quantile", "vector"}
 WORDS = {"by", "without", "and", "or", "unless", "bool"}
 TOKEN = re.compile(r'"[^"]*"|\[[^\]]*\]|[A-Za-z_:][A-Za-z0-9_:.]*|\d+(?:\.\d+)?|=~|!~|!=|[<>=]=?|[-+*/(){},]|\s+')
+ASKED = ("/v1/predict", "/v1/embed", "/v1/models", "/v2/models/a", "/v2/models/a/infer", "/no/such/path", *OPEN)
+ROUTES = {target_of("POST", path, b"").route for path in ASKED}
 OUTCOMES = {  # values that code gives a label; a matcher on another value would never fire
     "canary_checks": {"outcome": {"ok", "drift", "timeout", "error"}},
     "decisions": {"kind": {"decided", "abstained", "none"}},
     "images": {"status": {"scored", "quarantined"}, "reason": {str(reason) for reason in Reason} | {""}},
     "refusals": {"code": set(KINDS)},
+    "request_seconds": {"route": ROUTES},
+    "requests": {"route": ROUTES},
 }
 
 
@@ -184,6 +189,15 @@ def test_the_edge_of_the_latency_slo_is_an_edge_of_a_bucket() -> None:
     }
     assert {float(edge) for edge in edges} == {SloConfig().latency_p99_ms / 1000}
     assert {float(edge) for edge in edges} <= set(LATENCY_S)
+
+
+def test_what_is_promised_is_promised_of_answers_about_images() -> None:
+    """A replica that loads answers /readyz with 503, thousands of times a day: no failure of anything."""
+    for rule in rules():
+        if "record" in rule:
+            for use in uses(" ".join(rule["expr"].split())):
+                routes = {value for label, _, value in use.matchers if label == "route"}
+                assert routes == {"predict|embed|infer"}, rule["record"]
 
 
 def test_burn_rates_are_of_the_default_slo() -> None:
