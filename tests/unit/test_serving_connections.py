@@ -178,6 +178,19 @@ def test_a_head_that_is_too_large_is_refused(server: Server, size: int) -> None:
     assert answer.startswith(b"HTTP/1.1 431 ") or (size > 1_000_000 and answer == b"")
 
 
+@pytest.mark.parametrize("trailer", [b"x-a: " + b"b" * 1_000_000, b"x-a: b\r\n" * 100_000])
+def test_trailers_have_the_limit_of_a_head(server: Server, trailer: bytes) -> None:
+    with server.connect() as client:
+        with contextlib.suppress(OSError):
+            client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n")
+            for start in range(0, len(trailer), 1000):
+                client.sendall(trailer[start : start + 1000])
+        assert read_all(client).startswith(b"HTTP/1.1 431 ")
+    with server.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-a: b\r\n\r\n")
+        assert read_answer(client) == (200, b"1")
+
+
 def test_what_is_no_http_is_refused_in_our_form(server: Server) -> None:
     with server.connect() as client:
         client.sendall(b"\x16\x03\x01 hello\r\n\r\n")

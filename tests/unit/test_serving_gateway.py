@@ -165,6 +165,7 @@ def test_what_is_let_through_has_a_passport_and_no_secret(client: Client, keys, 
         actions=("*",),
         trace=passport.trace,
         key_id=keys["all"].split("_")[1],
+        arrived_s=passport.arrived_s,
     )
     said = dict(seen["headers"])
     assert said[b"content-length"] == b"4"

@@ -1,10 +1,10 @@
 """Connections under uvicorn that cannot be held for ever: a limit on heads, their time, their number, and each read.
 
-uvicorn 0.49 waits without end for a request's head, takes one of any size, and reads up to 256 KB ahead of the app
-(uvloop's read size). ASGI middleware sees a request only once its head has come, so this stands below it: a client that
-sends its head a byte a second is told 408 and closed, one whose head is too large 431, one connection too many 503; and
-a body is read in pieces of READ_BYTES, the next one when the app has taken the last. So a refused upload has taken no
-more than its limit and one piece.
+uvicorn 0.49 waits without end for a request's head, takes one of any size (and trailers after a body likewise), and
+reads up to 256 KB ahead of the app (uvloop's read size). ASGI middleware sees a request only once its head has come, so
+this stands below it: a client that sends its head a byte a second is told 408 and closed, one whose head is too large
+431, one connection too many 503; and a body is read in pieces of READ_BYTES, the next one when the app has taken the
+last. So a refused upload has taken no more than its limit and one piece.
 
 Serve builds its servers itself and leaves no door for a protocol class; ``install`` puts this one in uvicorn's own
 table under the name that Serve's servers use ("auto").
@@ -54,8 +54,9 @@ class _Parser(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._timer: asyncio.TimerHandle | None = None
-        self._is_whole = True  # whether all of the current request has come
         self.in_head = False
+        self.is_whole = True  # whether all of the current request has come
+        self.has_body = False  # whether what was fed last held a byte of a body
         self._refused_as = 0
 
     def wait_for_head(self) -> None:
@@ -82,7 +83,7 @@ class _Parser(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
-        self.in_head, self._is_whole = True, False
+        self.in_head, self.is_whole = True, False
         self.wait_for_head()
 
     def on_headers_complete(self) -> None:
@@ -96,20 +97,21 @@ class _Parser(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body: the next is read when the app has taken this one."""
+        self.has_body = True
         super().on_body(body)
         if self.cycle is not None and not self.cycle.response_complete:
             self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
         """A request has come to its end."""
-        self._is_whole = True
+        self.is_whole = True
         self.stop_waiting()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """A request is answered; what is left of its body, which nobody reads, must come in the time of a head."""
         super().on_response_complete()
-        if not self._is_whole and not self.transport.is_closing():
+        if not self.is_whole and not self.transport.is_closing():
             self.wait_for_head()
 
     def send_400_response(self, msg: str) -> None:
@@ -168,8 +170,10 @@ class GuardedProtocol(asyncio.BufferedProtocol):
         parser = self._parser
         if parser.parser is None or parser.transport.is_closing():
             return
+        parser.has_body = False
         parser.data_received(bytes(self._buffer[:nbytes]))
-        if not parser.in_head:
+        # Counted: a head, and what stands in a body's place and is none of it (trailers, which the parser keeps)
+        if not parser.in_head and (parser.is_whole or parser.has_body):
             self._head_bytes = 0
             parser.wait_if_idle()
             return

@@ -239,6 +239,7 @@ class Gateway:
                 actions=visit.key.actions if visit.key else (ANY,),
                 trace=visit.trace.to_header(),
                 key_id=visit.key.id if visit.key else "",
+                arrived_s=time.time(),
             )
         return {**visit.scope, "headers": headers, "state": state}
 

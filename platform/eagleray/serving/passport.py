@@ -35,6 +35,7 @@ class Passport:
         actions: Which of ACTIONS the key allows; "*" is all.
         trace: The request's own W3C traceparent (a child of the client's, or a new trace).
         key_id: The id part of the key, not secret; "" when keys are off.
+        arrived_s: Unix time at which all of the request had come: its deadline runs from here, through Serve's queues.
     """
 
     tenant: str
@@ -44,6 +45,7 @@ class Passport:
     actions: tuple[str, ...] = (ANY,)
     trace: str = ""
     key_id: str = ""
+    arrived_s: float = 0.0
 
     def opens(self, model: str) -> bool:
         """Whether the key opens the model."""
