@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 from eagleray.serving.batcher import Batcher, Closed, DeadlinePassed, Done
@@ -369,6 +370,61 @@ def test_draining_answers_what_was_given_and_takes_no_more() -> None:
             assert (await unmade.future).value == 70
             await draining
             assert batcher.open == 0
+
+    run(body)
+
+
+def test_what_is_cancelled_while_its_batch_begins_does_not_harm_the_batch() -> None:
+    """Its item was once taken away before the engine had read it, and the batch failed."""
+    engine = Engine(is_gated=False)
+
+    async def body() -> None:
+        with batching(engine) as batcher:
+            real = batcher._attempt
+
+            def attempt(run: Any, items: list[int]) -> Any:
+                loop.call_soon_threadsafe(tasks[1].cancel)
+                asyncio.run_coroutine_threadsafe(ticks(), loop).result(10)
+                return real(run, items)
+
+            loop, tasks = asyncio.get_running_loop(), submit(batcher, 0, 1, 2)
+            batcher._attempt = attempt  # type: ignore[method-assign]
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [getattr(one, "value", None) for one in found] == [0, None, 20]
+            assert sorted(item for batch in engine.batches for item in batch) == [0, 1, 2]
+
+    run(body)
+
+
+def test_a_meter_that_fails_costs_nobody_an_answer() -> None:
+    class Broken(MemoryMeter):
+        def observe(self, *arguments: Any, **labels: str) -> None:
+            raise ConnectionError("no agent")
+
+    engine = Engine(is_gated=False)
+
+    async def body() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        with batching(engine, meter=Broken()) as batcher:
+            assert [done.value for done in await asyncio.gather(*submit(batcher, 1, 2, 3))] == [10, 20, 30]
+
+    run(body)
+
+
+def test_two_who_drain_both_see_the_end() -> None:
+    engine = Engine()
+
+    async def body() -> None:
+        with batching(engine) as batcher:
+            tasks = submit(batcher, 0)
+            await engine.has_begun()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await batcher.drain()
+            both = [asyncio.create_task(batcher.drain()) for _ in range(2)]
+            await ticks()
+            engine.permits.release()
+            await asyncio.gather(*tasks, *both)
 
     run(body)
 

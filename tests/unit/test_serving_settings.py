@@ -20,7 +20,8 @@ def make(**changes: Any) -> ServingConfig:
 
 def test_a_service_of_defaults_is_sound() -> None:
     config = make()
-    assert config.batching.largest == 32
+    assert (config.batching.sizes("cpu")[-1], config.batching.sizes("cuda")[-1]) == (8, 32)
+    assert make(**{"batching.buckets": [1, 3]}).batching.sizes("cpu") == (1, 3)
     assert config.max_queue_s == config.slo.latency_p99_ms / 1000
     assert config.limits.image_limits.max_bytes == config.limits.max_body_bytes
     assert config.entry("a") == config.models[0]
@@ -30,9 +31,10 @@ def test_a_service_of_defaults_is_sound() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"limits.max_ongoing_requests": 63}, "cannot fill batches of 32: at least 64"),
-        ({"models": [{**MODEL, "engines": 5}]}, "at least 320 (2 batches for each of 5 engines)"),
-        ({"limits.max_queued_requests": 31}, "is less than one batch of 32"),
+        ({"limits.max_ongoing_requests": 15}, "cannot fill batches of 8: at least 16"),
+        ({"limits.max_ongoing_requests": 99, "batching.buckets": [50]}, "cannot fill batches of 50: at least 100"),
+        ({"models": [{**MODEL, "engines": 17}]}, "at least 272 (2 batches for each of 17 engines)"),
+        ({"limits.max_queued_requests": 7}, "is less than one batch of 8"),
         ({"limits.deadline_s": 0.05}, "what is promised must fit in the deadline"),
         ({"limits.max_queue_s": 11.0}, "is above limits.deadline_s=10"),
         ({"limits.max_buffered_bytes": 2**20}, "the largest body would never be read"),

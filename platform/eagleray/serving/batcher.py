@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from eagleray.serving.run_times import RunTimes
 from eagleray.serving.telemetry import BATCH, DROPPED, INFER, QUEUE, SPLIT_BATCHES, Meter, NullMeter
@@ -226,8 +226,8 @@ class Batcher(Generic[In, Out]):
         """Takes no new ticket, waits until all that were given are answered, and ends the threads."""
         self._is_draining = True
         if self._open:
-            self._emptied = asyncio.get_running_loop().create_future()
-            await self._emptied
+            self._emptied = self._emptied or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._emptied)
         self.close()
 
     def close(self) -> None:
@@ -252,12 +252,12 @@ class Batcher(Generic[In, Out]):
                 self._queue.remove(ticket)
                 ticket.is_queued = False
         ticket.item = None
+        if not self._open and self._emptied and not self._emptied.done():
+            self._emptied.set_result(None)
         if is_cancelled:
             self._meter.add(DROPPED, model=self._model, why="cancelled")
         elif isinstance(ticket.future.exception(), DeadlinePassed):
             self._meter.add(DROPPED, model=self._model, why="expired")
-        if not self._open and self._emptied and not self._emptied.done():
-            self._emptied.set_result(None)
 
     def _work(self, number: int, run: Callable[[Sequence[In]], Sequence[Out]]) -> None:
         """One engine's thread."""
@@ -269,14 +269,15 @@ class Batcher(Generic[In, Out]):
                     self._changed.wait()
                 started = self._clock()
                 self._running[number] = (started, len(batch))
+                items = [cast(In, ticket.item) for ticket in batch]  # a ticket that is cancelled now loses its own
                 for ticket in batch:
                     self._count_out(ticket)
-            outcome = self._attempt(run, batch)
+            outcome = self._attempt(run, items)
             if isinstance(outcome, Exception) and len(batch) > 1:  # run again one by one: only what is at fault fails
                 self._tell(batch, _Split())
-                for ticket in batch:
+                for ticket, item in zip(batch, items, strict=True):
                     if not ticket.is_gone:
-                        self._tell([ticket], self._attempt(run, [ticket]))
+                        self._tell([ticket], self._attempt(run, [item]))
                 batch = []
             with self._changed:  # before the answers are told: who asks next must not find this batch still running
                 self._busy_s += self._clock() - started
@@ -328,18 +329,18 @@ class Batcher(Generic[In, Out]):
                 return smaller
         return size
 
-    def _attempt(self, run: Callable[[Sequence[In]], Sequence[Out]], batch: list[Ticket[In, Out]]) -> _Ran | Exception:
+    def _attempt(self, run: Callable[[Sequence[In]], Sequence[Out]], items: list[In]) -> _Ran | Exception:
         """Runs a batch; what the engine raised is its outcome."""
         started = self._clock()
         try:
-            values = run([ticket.item for ticket in batch])  # type: ignore[misc]
-            if len(values) != len(batch):
-                raise RuntimeError(f"the engine gave {len(values)} answers for {len(batch)} items")
+            values = run(items)
+            if len(values) != len(items):
+                raise RuntimeError(f"the engine gave {len(values)} answers for {len(items)} items")
         except Exception as error:  # noqa: BLE001  whatever an engine raises is these items', not the thread's
             return error
         run_s = self._clock() - started
         with self._changed:
-            self.times.learn(len(batch), run_s)
+            self.times.learn(len(items), run_s)
         return _Ran(values, started, run_s)
 
     def _tell(self, batch: list[Ticket[In, Out]], what: _Split | _Ran | Exception) -> None:
@@ -360,14 +361,15 @@ class Batcher(Generic[In, Out]):
             for ticket in part:
                 ticket.fail_here(what)
             return
+        for place, ticket in enumerate(part, start):
+            if not ticket.future.done():
+                ticket.future.set_result(Done(what.values[place], what.started, what.run_s, size))
+        for ticket in part:  # after the answers: counting is nobody's wait, and a meter that fails nobody's fault
+            waited_s = max(0.0, what.started - ticket.made - ticket.prepared_s)
+            self._meter.observe(QUEUE, waited_s, model=self._model)
         if start == 0:
             self._meter.observe(INFER, what.run_s, model=self._model)
             self._meter.observe(BATCH, float(size), model=self._model)
-        for place, ticket in enumerate(part, start):
-            waited_s = max(0.0, what.started - ticket.made - ticket.prepared_s)
-            self._meter.observe(QUEUE, waited_s, model=self._model)
-            if not ticket.future.done():
-                ticket.future.set_result(Done(what.values[place], what.started, what.run_s, size))
 
 
 @dataclass(frozen=True, slots=True)

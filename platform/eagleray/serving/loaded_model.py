@@ -143,7 +143,7 @@ class LoadedModel:
         self.name, self.bundle = entry.name, classifiers[0].bundle
         self.card = card_of(entry, self.bundle, classifiers[0])
         self._classifiers, self._decoder, self._clock = tuple(classifiers), decoder, clock
-        self._buckets, self._meter = batching.buckets, meter or NullMeter()
+        self._buckets, self._meter = batching.sizes(entry.device), meter or NullMeter()
         self._is_padded = entry.device == "cuda"  # a shape that CUDA has not met costs a search for kernels
         self.batcher: Batcher[Uint8, Row] = Batcher(
             [_Engine(classifier, self._buckets, is_padded=self._is_padded) for classifier in classifiers],

@@ -7,8 +7,8 @@ below the latency that is promised would refuse every request.
 
 Example:
     >>> config = ServingConfig(models=(ModelEntry(name="lite0", bundle="models/lite0"),), access={"auth": "none"})
-    >>> config.batching.largest
-    32
+    >>> config.batching.sizes("cpu")
+    (1, 2, 4, 8)
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from eagleray.core.config import Config
-from eagleray.infer.runtimes import RUNTIMES
+from eagleray.infer.runtimes import CHUNK, RUNTIMES
 from eagleray.vision.images import Limits
 
 BATCHES_ONGOING = 2  # one runs while the next is decoded: fewer requests than that leave the engine waiting
+BUCKETS = {"cpu": (1, 2, 4, CHUNK), "cuda": (1, 2, 4, 8, 16, 32)}
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # stands in URLs, metrics and scopes as it is
 
 
@@ -66,24 +67,27 @@ class BatchingConfig(Config):
     """How images become batches.
 
     Attributes:
-        buckets: Batch sizes that are run once before a replica is ready, rising; none is larger than the last.
+        buckets: Batch sizes that are run once before a replica is ready, rising; none is larger than the last. None =
+            by the device: on a CPU, whose engines take CHUNK images at a time and are no faster in larger batches, a
+            larger one would only make its images wait for one another.
         decode_threads: Threads that decode; none = one a core.
     """
 
-    buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    buckets: tuple[int, ...] | None = None
     decode_threads: int | None = Field(None, ge=1, le=256)
 
     @field_validator("buckets")
     @classmethod
-    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _rising(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
         if not value or value[0] < 1 or value[-1] > 1024 or any(a >= b for a, b in itertools.pairwise(value)):
             raise ValueError("buckets are rising batch sizes, 1 to 1024, at least one")
         return value
 
-    @property
-    def largest(self) -> int:
-        """The most images that an engine is given at a time."""
-        return self.buckets[-1]
+    def sizes(self, device: str) -> tuple[int, ...]:
+        """The buckets of a model on a device; the last is the most that its engine is given at a time."""
+        return self.buckets or BUCKETS[device]
 
 
 class LimitsConfig(Config):
@@ -290,8 +294,9 @@ class ServingConfig(Config):
 
 def _batch_faults(config: ServingConfig) -> Iterator[str]:
     """Queues and batches that do not fit one another."""
-    limits, largest = config.limits, config.batching.largest
-    engines = max(entry.engines for entry in config.models)
+    limits = config.limits
+    most = max(config.models, key=lambda entry: entry.engines * config.batching.sizes(entry.device)[-1])
+    largest, engines = config.batching.sizes(most.device)[-1], most.engines
     least = BATCHES_ONGOING * largest * engines
     if limits.max_ongoing_requests < least:
         yield (
