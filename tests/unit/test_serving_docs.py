@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from eagleray.serving.installation import CALLBACK, SETTINGS_VARIABLE
+from eagleray.flows.serve_gateway import CALLBACK
+from eagleray.serving.installation import SETTINGS_VARIABLE
 from eagleray.serving.paths import OPEN, PROXY_HEALTH
 from eagleray.serving.refusals import KINDS
 from eagleray.serving.settings import LimitsConfig

@@ -1,7 +1,7 @@
 """What Serve calls in each of its proxies, and in each replica that listens itself: the gateway, counted by Ray.
 
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names ``middlewares`` (serving/installation.py: CALLBACK). When it raises, the
-proxy does not start: a service whose gateway is missing answers nobody.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names ``middlewares`` (CALLBACK). When it raises, the proxy does not start: a
+service whose gateway is missing answers nobody.
 
 Example:
     >>> middlewares()[0].cls.__name__
@@ -20,6 +20,7 @@ from eagleray.serving.installation import read_settings, serve_middlewares, stat
 from eagleray.serving.request_log import RequestLog
 from eagleray.serving.visits import Watch
 
+CALLBACK = f"{__name__}:middlewares"
 REQUESTS_FOLDER = "requests"
 
 

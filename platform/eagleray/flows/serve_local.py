@@ -28,8 +28,9 @@ from eagleray.core.errors import ClusterError, ConfigError
 from eagleray.flows import serve_haproxy
 from eagleray.flows.listeners import listeners, unexpected
 from eagleray.flows.runtime import SPARE_CPUS, Embedded, cluster, first_fault
+from eagleray.flows.serve_gateway import CALLBACK
 from eagleray.infer.runtimes.memory import cache_folder
-from eagleray.serving.installation import CALLBACK, SETTINGS_FILE, SETTINGS_VARIABLE
+from eagleray.serving.installation import SETTINGS_FILE, SETTINGS_VARIABLE
 from eagleray.serving.settings import HttpConfig, ServingConfig
 
 STATES = "serving"  # under the cache: one file a port

@@ -30,7 +30,6 @@ from eagleray.serving.settings import ServingConfig
 from eagleray.serving.visits import Watch
 
 SETTINGS_VARIABLE = "EAGLERAY_SERVING_SETTINGS"
-CALLBACK = "eagleray.flows.serve_gateway:middlewares"  # for RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
 SETTINGS_FILE, RATES_FILE = "serving.json", "rates"
 
 
