@@ -291,6 +291,8 @@ def test_what_cannot_be_answered_is_refused_by_name(bundles: dict[str, Path], ma
         await refused("unknown_model", shelf.predict([data], ask("nobody")))
         await refused("bad_request", shelf.predict([data], ask(wants_embedding=True)))
         await refused("overloaded", shelf.predict([data], ask(left_s=-1.0)))
+        await refused("too_many_images", shelf.predict([data] * 33, ask()))
+        await refused("too_many_images", shelf.infer(np.zeros((33, 32, 32, 3), np.uint8), ask()))
         await refused("bad_tensor", shelf.infer(pixels[:, 1:], ask()))
         await refused("bad_tensor", shelf.infer(pixels.astype(np.int8), ask()))  # type: ignore[arg-type]
         await refused("bad_tensor", shelf.infer(pixels[0], ask()))
@@ -407,7 +409,9 @@ def test_a_model_that_cannot_be_loaded_is_not_tried_again_with_each_request(
         await asyncio.gather(*(refused("not_ready", shelf.predict([make_photo(1)], later("b"))) for _ in range(3)))
         await refused("not_ready", shelf.predict([make_photo(1)], later("b")))
         assert tries == ["b"]
+        assert (shelf.is_ready(), shelf.is_ready("b")) == (True, False)
         now[0] = models.RETRY_S
+        assert shelf.is_ready("b")
         assert (await shelf.predict([make_photo(1)], later("b"))).card.name == "b"
 
     def later(name: str) -> Ask:

@@ -88,7 +88,7 @@ class ModelShelf:
         return self._config.models[0].name
 
     async def start(self) -> None:
-        """Loads the first models, as many as may be in memory, the default one last put away.
+        """Loads the first models, as many as may be in memory; from then on the service is ready.
 
         Raises:
             EagleError: One cannot be loaded, or the GPU has not the memory that the budget promises.
@@ -109,9 +109,9 @@ class ModelShelf:
 
     def is_ready(self, model: str | None = None) -> bool:
         """Whether a model, or the service as a whole, answers when it is asked; one not in memory is loaded then."""
-        if not self._is_started or self._is_draining or not self._is_well or model in self._failed:
+        if not self._is_started or self._is_draining or not self._is_well:
             return False
-        return model is None or model in self._entries
+        return model is None or (model in self._entries and self._failure(model) is None)
 
     async def get(self, name: str) -> LoadedModel:
         """A model, loaded if it is not in memory; the load goes on when this caller gives up.
@@ -121,14 +121,12 @@ class ModelShelf:
             EagleError: It cannot be loaded.
         """
         if name not in self._entries:
-            raise refusals.unknown_model(tuple(self._entries))
+            raise refusals.unknown_model(())  # which there are is for the HTTP side to say, by the key
         if (model := self._loaded.get(name)) is not None:
             self._loaded.move_to_end(name)
             return model
-        if (failed := self._failed.get(name)) is not None:
-            if self._clock() - failed[0] < RETRY_S:
-                raise failed[1]
-            del self._failed[name]
+        if (failure := self._failure(name)) is not None:
+            raise failure
         task = self._loading.get(name)
         if task is None:
             task = self._loading[name] = asyncio.create_task(self._load(name))
@@ -139,9 +137,9 @@ class ModelShelf:
         """Decodes and classifies encoded images.
 
         Raises:
-            Refusal: Unknown model, no embedding to give, overloaded, or the deadline has passed.
+            Refusal: Unknown model, too many images, no embedding to give, overloaded, or the deadline has passed.
         """
-        model = await self._admit(ask)
+        model = await self._admit(ask, len(images))
         return await self._answer(model, model.predict(images, ask), ask)
 
     async def infer(self, batch_u8_nhwc: Uint8, ask: Ask) -> Batch:
@@ -150,7 +148,7 @@ class ModelShelf:
         Raises:
             Refusal: As predict, and pixels of another shape or type.
         """
-        model = await self._admit(ask)
+        model = await self._admit(ask, len(batch_u8_nhwc))
         shape = (model.card.height, model.card.width, 3)
         if batch_u8_nhwc.dtype != "uint8" or batch_u8_nhwc.ndim != 4 or batch_u8_nhwc.shape[1:] != shape:
             raise refusals.bad_tensor(f"expected uint8 pixels of shape (N, {shape[0]}, {shape[1]}, 3)")
@@ -203,10 +201,17 @@ class ModelShelf:
         self._decoder.close()
         return all(answered)
 
-    async def _admit(self, ask: Ask) -> LoadedModel:
-        """The model of a request that can be answered in time."""
+    def _failure(self, name: str) -> EagleError | None:
+        """Why a model could not be loaded a short while ago; None where it may be tried."""
+        failed = self._failed.get(name)
+        return failed[1] if failed is not None and self._clock() - failed[0] < RETRY_S else None
+
+    async def _admit(self, ask: Ask, count: int) -> LoadedModel:
+        """The model of a request of so many images that can be answered in time."""
         if self._is_draining:
             raise refusals.not_ready("the replica is being put away; ask again")
+        if count > self._config.limits.max_images_per_request:
+            raise refusals.too_many_images(self._config.limits.max_images_per_request)
         model = self._loaded.get(ask.model)
         if model is None:
             model = await self._awaited(ask)
