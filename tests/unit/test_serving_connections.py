@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -116,6 +118,35 @@ def test_requests_are_answered_one_after_another_on_one_connection(server: Serve
         assert read_answer(client) == (200, b"350000")
         client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 3)  # pipelined
         assert read_all_of(client, b"HTTP/1.1 200", 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_of_requests_is_answered_as_uvicorn_does_however_it_is_cut(limits: LimitsConfig, seed: int) -> None:
+    draw = random.Random(seed)
+    stream = b""
+    for _ in range(40):
+        size = draw.choice([0, 1, 10, 5_000, 70_000])
+        if draw.random() < 0.4:
+            parts = [b"y" * draw.randint(1, 3_000) for _ in range(draw.randint(1, 30))]
+            body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+            stream += b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + body
+        else:
+            stream += b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + b"z" * size
+    stream += b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    cuts = sorted(draw.sample(range(len(stream)), 60))
+    pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    answers = []
+    for protocol in (GuardedProtocol, HttpToolsProtocol):
+        server = Server(echo, protocol, "uvloop")
+        try:
+            with server.connect() as client:
+                for piece in pieces:
+                    client.sendall(piece)
+                answers.append(re.sub(rb"date: [^\r]*", b"", read_all(client)))
+        finally:
+            server.stop()
+    assert answers[0] == answers[1]
+    assert answers[0].count(b"HTTP/1.1 200") == 41
 
 
 def read_all_of(client: socket.socket, word: bytes, times: int) -> bool:

@@ -28,6 +28,7 @@ from eagleray.serving.passport import ANY, STATE_KEY, Passport
 from eagleray.serving.paths import PROXY_HEALTH, PROXY_PATHS
 from eagleray.serving.refusals import (
     Refusal,
+    deadline_passed,
     fault,
     forbidden_action,
     forbidden_model,
@@ -185,6 +186,8 @@ class Gateway:
             if outbound.status:
                 break
             LOG.warning("request %s ended without an answer, attempt %d", visit.request_id, attempt + 1)
+            if time.monotonic() - visit.taken_s >= self._config.limits.deadline_s:
+                raise deadline_passed()
         else:
             raise not_ready("the replica that had the request is gone; ask again")
         if visit.rates is not None and visit.target.action:

@@ -65,7 +65,7 @@ class RequestLog:
         except OSError as error:
             raise storage_error(error, f"making {folder}") from error
         self._queue: queue.Queue[tuple[Line, Sequence[bytes]] | None] = queue.Queue(MOST_PENDING)
-        self._pending_bytes, self._lost = 0, 0
+        self._lock, self._pending_bytes, self._lost = threading.Lock(), 0, 0
         self._file: IO[bytes] | None = None
         self._thread = threading.Thread(target=self._write_all, name="request-log", daemon=True)
         self._thread.start()
@@ -107,29 +107,32 @@ class RequestLog:
 
     def _put(self, line: Line, inputs: Sequence[bytes]) -> None:
         size = sum(map(len, inputs))
-        if self._pending_bytes + size > MOST_PENDING_BYTES:
-            line["hashes"] = "skipped"
-            inputs, size = (), 0
-        try:
-            self._queue.put_nowait((line, inputs))
-        except queue.Full:
-            self._lost += 1
-        else:
-            self._pending_bytes += size
+        with self._lock:
+            if self._pending_bytes + size > MOST_PENDING_BYTES:
+                line["hashes"] = "skipped"
+                inputs, size = (), 0
+            try:
+                self._queue.put_nowait((line, inputs))
+            except queue.Full:
+                self._lost += 1
+            else:
+                self._pending_bytes += size
 
     def _write_all(self) -> None:
         while (entry := self._queue.get()) is not None:
             line, inputs = entry
             hashes = [hashlib.blake2b(data, key=self._key, digest_size=HASH_BYTES).hexdigest() for data in inputs]
             sizes = [len(data) for data in inputs]
-            self._pending_bytes -= sum(sizes)  # the loop adds, this thread takes away: a race costs some bytes' count
+            with self._lock:
+                self._pending_bytes -= sum(sizes)
+                lost, self._lost = self._lost, 0
             if len(line.get("images", ())) == len(inputs):
                 for image, digest, size in zip(line.get("images", ()), hashes, sizes, strict=True):
                     image |= {"hash": digest, "bytes": size}
             elif inputs:
                 line["images"] = [{"hash": d, "bytes": s} for d, s in zip(hashes, sizes, strict=True)]
-            if self._lost:
-                line["lost_before"], self._lost = self._lost, 0
+            if lost:
+                line["lost_before"] = lost
             del entry, inputs
             self._write(line)
         if self._file is not None:
@@ -145,7 +148,8 @@ class RequestLog:
                 self._file = None
                 _turn(self._path)
         except OSError as error:
-            self._lost += 1
+            with self._lock:
+                self._lost += 1
             LOG.error("a line of the request log %s was not written: %s", self._path, error.strerror)
 
 
