@@ -102,6 +102,7 @@ class Call:
     def __init__(self, desk: Desk, scope: Scope, receive: Receive, exchange: Exchange) -> None:
         self.desk, self.scope, self.exchange = desk, scope, exchange
         self._receive = receive
+        self._within_s = desk.limits.deadline_s
         self.path: Mapping[str, str] = scope.get("path_params", {})
 
     def identify(self) -> Passport:
@@ -190,9 +191,10 @@ class Call:
         if text and not _NUMBER.fullmatch(text):
             raise bad_parameter("X-Deadline-Ms", "a whole number of milliseconds, above 0")
         within_s = min(self.desk.limits.deadline_s, int(text) / 1000 if text else math.inf, timeout_s or math.inf)
+        self._within_s = within_s
         return Ask(
             model=card.name,
-            deadline=self.exchange.started_s + within_s,
+            deadline=self.exchange.started_s + within_s - self._waited_s(passport, within_s),
             top_k=top_k,
             wants_embedding="embedding" in wants,
             wants_probabilities="probabilities" in wants,
@@ -241,7 +243,7 @@ class Call:
                 return self.exchange.batch
             if gone.done():
                 raise ClientGone
-            raise deadline_passed(round(ask.deadline - self.exchange.started_s, 3))
+            raise deadline_passed(self._within_s)
         finally:
             gone.cancel()
             task.cancel()
@@ -255,6 +257,12 @@ class Call:
         pairs = {"cache-control": "no-store", **headers, "content-length": str(len(body))}
         pairs["x-request-id"] = self.exchange.request_id
         return Reply(status, [(name.encode(), value.encode("latin-1")) for name, value in pairs.items()], body)
+
+    def _waited_s(self, passport: Passport, most_s: float) -> float:
+        """How long the request waited between the gateway and the app, in Serve's queues: its deadline ran already."""
+        if not passport.arrived_s:
+            return 0.0
+        return min(max(0.0, self.exchange.started_ns / 1e9 - passport.arrived_s), most_s)
 
     async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
