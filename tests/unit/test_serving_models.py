@@ -20,17 +20,20 @@ from eagleray.serving import loaded_model, models
 from eagleray.serving.gpu_memory import MIB, GpuMemory
 from eagleray.serving.models import ModelShelf
 from eagleray.serving.refusals import Refusal
-from eagleray.serving.service import Ask, Service
+from eagleray.serving.service import Ask, Batch, Service
 from eagleray.serving.settings import ServingConfig
 from eagleray.serving.telemetry import BATCH, DECODE, EVICTIONS, INFER, LOAD, LOADED, MODEL, QUEUE, QUEUED, MemoryMeter
 from eagleray.vision.bundle import load_bundle, save_bundle
 from eagleray.vision.images import decode
 from eagleray.vision.prediction import ThresholdPolicy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.cuda_recorder import CudaRecorder
 from tests.tiny_model import make_bundle
 
 Photo = Callable[..., bytes]
+KINDS = ("good", "bad", "late", "unknown", "gone")
 
 
 @pytest.fixture(scope="module")
@@ -449,6 +452,50 @@ def test_two_engines_give_the_same_answers(bundles: dict[str, Path], make_photo:
             assert answer.prediction.score == pytest.approx(wanted.score, abs=1e-6)
 
     serving(config, body)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(KINDS)), min_size=1, max_size=30), st.integers(1, 3))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_request_has_one_typed_end_and_the_shelf_stands(
+    bundles: dict[str, Path], make_photo: Photo, asked: list[tuple[str, str]], room: int
+) -> None:
+    """Whatever comes at once: good and bad images, wrong models, late and cancelled requests, models that make room."""
+    data = {
+        "good": make_photo(1),
+        "bad": b"<svg>",
+        "late": make_photo(2),
+        "unknown": make_photo(3),
+        "gone": make_photo(4),
+    }
+
+    async def body(shelf: ModelShelf) -> None:
+        tasks = []
+        for name, kind in asked:
+            wanted = ask("nobody" if kind == "unknown" else name, left_s=-1.0 if kind == "late" else 30.0)
+            tasks.append(asyncio.create_task(shelf.predict([data[kind], data["good"]], wanted)))
+            await asyncio.sleep(0)
+            if kind == "gone":
+                tasks[-1].cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        for (name, kind), one in zip(asked, found, strict=True):
+            if isinstance(one, Refusal):
+                assert one.code in {"late": {"overloaded", "not_ready"}, "unknown": {"unknown_model"}}[kind]
+            elif isinstance(one, Batch):
+                assert kind in ("good", "bad")
+                assert one.card.name == name
+                assert {answer.prediction.model_digest for answer in one.answers} == {one.card.digest}
+                states = [answer.prediction.status for answer in one.answers]
+                assert states == ["quarantined" if kind == "bad" else "scored", "scored"]
+            else:
+                assert isinstance(one, asyncio.CancelledError)
+                assert kind == "gone"
+        await asyncio.gather(*(shelf.get(name) for name in "abc"))
+        await shelf.check_health()
+        assert len(shelf.loaded()) == room
+        assert [(await shelf.get(name)).batcher.open for name in shelf.loaded()] == [0] * room
+
+    generous = {"max_queue_s": 30.0, "deadline_s": 60.0}
+    serving(config_of(bundles, "a", "b", "c", memory={"max_loaded_models": room}, limits=generous), body)
 
 
 class Card:
