@@ -411,6 +411,57 @@ def test_websockets_are_closed(client: Client) -> None:
     assert sent[0]["type"] == "websocket.close"
 
 
+def test_more_on_its_way_than_can_be_answered_in_time_is_refused_before_its_body(tmp_path: Path, keys) -> None:
+    """The loop is one server of 5 ms a request and 400 come at once: the last would wait 2 s."""
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        async with busy:
+            await asyncio.sleep(0.005)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    busy = asyncio.Lock()
+    gateway = Gateway(slow, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+
+    async def crowd() -> tuple[list[int], int]:
+        clients = [Client(gateway) for _ in range(400)]
+        answers = await asyncio.gather(
+            *(one.asked("POST", "/v1/predict", headers=key(keys["all"]), chunks=[b"x"]) for one in clients)
+        )
+        page = await Client(gateway).asked("GET", "/v1/models", headers=key(keys["all"]), chunks=[])
+        taken = sum(one.taken for one, answer in zip(clients, answers, strict=True) if answer.status == 503)
+        assert page.status == 200
+        return [answer.status for answer in answers], taken
+
+    statuses, taken = asyncio.run(crowd())
+    assert set(statuses) == {200, 503}
+    assert 60 <= statuses.count(200) <= 70
+    assert taken == 0
+
+
+def test_a_slow_upload_holds_no_place(tmp_path: Path, keys, app: App) -> None:
+    gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+    headers = key(keys["all"], ("content-length", "9"))
+
+    async def held() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def both() -> tuple[list[Answer], Answer]:
+        slow = [
+            asyncio.ensure_future(Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x", held]))
+            for _ in range(200)
+        ]
+        await asyncio.sleep(0)
+        quick = await Client(gateway).asked("POST", "/v1/predict", headers=key(keys["all"]), chunks=[b"x"])
+        return await asyncio.gather(*slow), quick
+
+    slow, quick = asyncio.run(both())
+    assert quick.status == 200
+    assert {answer.status for answer in slow} == {408}
+
+
 # What Serve does around the app
 
 

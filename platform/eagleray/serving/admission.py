@@ -1,4 +1,5 @@
-"""Whether a request is let in now: its tenant's rate and daily quota, and whether an answer can come in time.
+"""Whether a request is let in now: its tenant's rate and daily quota, and whether an answer can come in time (see
+concurrency.py for how many may be on their way).
 
 The rate is the generic cell rate algorithm (ITU-T I.371; a leaky bucket that needs one number a tenant): a tenant may
 ask ``burst`` images at once and ``images_per_s`` in the long run. Several processes let requests in (a proxy on each

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eagleray.serving.access import KeyFile
 from eagleray.serving.admission import MemoryLedger, RateLimiter, Rates
 from eagleray.serving.bodies import BodyLimits, Budget, ClientGone, declared_size, read_body
+from eagleray.serving.concurrency import TARGET_SHARE, ConcurrencyLimit
 from eagleray.serving.outbound import Outbound
 from eagleray.serving.passport import ANY, STATE_KEY, Passport
 from eagleray.serving.paths import PROXY_HEALTH, PROXY_PATHS
@@ -98,6 +99,8 @@ class Gateway:
         limits = config.limits
         self._limits = BodyLimits(limits.max_body_bytes, limits.body_timeout_s)
         self._budget = Budget(limits.max_buffered_bytes)
+        self._target_s = TARGET_SHARE * config.max_queue_s
+        self._concurrency = ConcurrencyLimit(self._target_s)
         self._models = tuple(entry.name for entry in config.models)
         self._has_more_than_fit = len(self._models) > config.memory.max_loaded_models
 
@@ -117,7 +120,10 @@ class Gateway:
                 await read_body(receive, visit.body, declared=visit.declared, limits=self._limits)
             else:
                 visit.body.is_whole = visit.declared == 0  # what takes no body is given none
-            await self._pass_on(visit, receive, outbound)
+            if visit.target.action:
+                await self._pass_on_in_turn(visit, receive, outbound)
+            else:
+                await self._pass_on(visit, receive, outbound)
             visit.status = outbound.status
         except ClientGone:
             pass
@@ -168,9 +174,27 @@ class Gateway:
             raise forbidden_model()
         if key is not None and target.action and not key.allows(target.action):
             raise forbidden_action(target.action)
+        if target.action:
+            self._concurrency.check()
         if visit.rates is not None:
             # What only tells of models is let in at the rate, and counts nothing of it
             self._limiter.admit(visit.tenant, visit.rates, 1 if target.action else 0)
+
+    async def _pass_on_in_turn(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
+        """``_pass_on``, counted among what is on its way.
+
+        Raises:
+            Refusal: 503 when enough is on its way, and as ``_pass_on``.
+        """
+        self._concurrency.begin()
+        began, seconds = time.monotonic(), None
+        try:
+            await self._pass_on(visit, receive, outbound)
+        finally:
+            spent = time.monotonic() - began
+            if 0 < outbound.status < 500 or spent > self._target_s:  # a quick 503 says nothing of how long answers take
+                seconds = spent
+            self._concurrency.end(seconds)
 
     async def _pass_on(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
         """Gives the request to the app; again, once, when it ends without an answer."""
