@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -242,6 +245,46 @@ def test_the_model_asked_longest_ago_makes_room_and_the_first_stays(bundles: dic
         assert meter.distributions[LOAD.name, ("b",)].count == 2
 
     serving(config_of(bundles, "a", "b", "c", memory={"max_loaded_models": 2}), body, meter=meter)
+
+
+def test_a_model_that_was_put_away_is_freed(bundles: dict[str, Path], make_photo: Photo) -> None:
+    async def body(shelf: ModelShelf) -> None:
+        await shelf.predict([make_photo(1), b""], ask("b"))
+        freed = weakref.ref(await shelf.get("b"))
+        await shelf.check_health()
+        await shelf.get("c")
+        await asyncio.sleep(0)
+        for _ in range(20):  # its engine's thread lets go when it ends
+            gc.collect()
+            if freed() is None:
+                break
+            await asyncio.sleep(0.1)
+        assert freed() is None
+
+    serving(config_of(bundles, "a", "b", "c", memory={"max_loaded_models": 2}), body)
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_an_image_is_let_go_with_its_answer(bundles: dict[str, Path], make_photo: Photo, is_good: bool) -> None:
+    """Without the collector: a flood of bad images would else keep every one of them until it runs."""
+
+    async def body(shelf: ModelShelf) -> None:
+        data = make_photo(1) if is_good else make_photo(1)[:300]
+        before = sys.getrefcount(data)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                await shelf.predict([data], ask())
+            for _ in range(100):
+                if sys.getrefcount(data) == before:
+                    break
+                await asyncio.sleep(0.01)  # its thread lets go a moment after its answer
+            assert sys.getrefcount(data) == before
+        finally:
+            gc.enable()
+
+    serving(config_of(bundles, "a"), body)
 
 
 def test_with_room_for_one_model_they_take_turns(bundles: dict[str, Path], make_photo: Photo) -> None:

@@ -32,6 +32,7 @@ from eagleray.serving.telemetry import BATCH, DROPPED, INFER, QUEUE, SPLIT_BATCH
 In = TypeVar("In")
 Out = TypeVar("Out")
 Clock = Callable[[], float]
+Run = Callable[[Sequence[In]], Sequence[Out]]
 
 # A batch is cut for the sake of a deadline only where that costs less throughput than this: cut batches under load
 # would make the queue longer and the next deadline tighter.
@@ -111,7 +112,7 @@ class Batcher(Generic[In, Out]):
 
     def __init__(
         self,
-        runs: Sequence[Callable[[Sequence[In]], Sequence[Out]]],
+        runs: Sequence[Run[In, Out]],
         *,
         buckets: Sequence[int],
         model: str = "none",
@@ -259,30 +260,35 @@ class Batcher(Generic[In, Out]):
         elif isinstance(ticket.future.exception(), DeadlinePassed):
             self._meter.add(DROPPED, model=self._model, why="expired")
 
-    def _work(self, number: int, run: Callable[[Sequence[In]], Sequence[Out]]) -> None:
-        """One engine's thread."""
-        while True:
-            with self._changed:
-                while not (batch := self._take()):
-                    if self._is_closed:
-                        return
-                    self._changed.wait()
-                started = self._clock()
-                self._running[number] = (started, len(batch))
-                items = [cast(In, ticket.item) for ticket in batch]  # a ticket that is cancelled now loses its own
-                for ticket in batch:
-                    self._count_out(ticket)
-            outcome = self._attempt(run, items)
-            if isinstance(outcome, Exception) and len(batch) > 1:  # run again one by one: only what is at fault fails
-                self._tell(batch, _Split())
-                for ticket, item in zip(batch, items, strict=True):
-                    if not ticket.is_gone:
-                        self._tell([ticket], self._attempt(run, [item]))
-                batch = []
-            with self._changed:  # before the answers are told: who asks next must not find this batch still running
-                self._busy_s += self._clock() - started
-                self._running[number] = None
-            self._tell(batch, outcome)
+    def _work(self, number: int, run: Run[In, Out]) -> None:
+        """One engine's thread; what a round held is let go before the next is waited for."""
+        while self._round(number, run):
+            pass
+
+    def _round(self, number: int, run: Run[In, Out]) -> bool:
+        """Takes the next batch when there is one, and runs it; False when the batcher is closed."""
+        with self._changed:
+            while not (batch := self._take()):
+                if self._is_closed:
+                    return False
+                self._changed.wait()
+            started = self._clock()
+            self._running[number] = (started, len(batch))
+            items = [cast(In, ticket.item) for ticket in batch]  # a ticket that is cancelled now loses its own
+            for ticket in batch:
+                self._count_out(ticket)
+        outcome = self._attempt(run, items)
+        if isinstance(outcome, Exception) and len(batch) > 1:  # run again one by one: only what is at fault fails
+            self._tell(batch, _Split())
+            for ticket, item in zip(batch, items, strict=True):
+                if not ticket.is_gone:
+                    self._tell([ticket], self._attempt(run, [item]))
+            batch = []
+        with self._changed:  # before the answers are told: who asks next must not find this batch still running
+            self._busy_s += self._clock() - started
+            self._running[number] = None
+        self._tell(batch, outcome)
+        return True
 
     def _count_out(self, ticket: Ticket[In, Out]) -> None:
         """It does not wait any more; lock held."""
@@ -329,7 +335,7 @@ class Batcher(Generic[In, Out]):
                 return smaller
         return size
 
-    def _attempt(self, run: Callable[[Sequence[In]], Sequence[Out]], items: list[In]) -> _Ran | Exception:
+    def _attempt(self, run: Run[In, Out], items: list[In]) -> _Ran | Exception:
         """Runs a batch; what the engine raised is its outcome."""
         started = self._clock()
         try:

@@ -144,28 +144,28 @@ class _Lane:
 
     def _serve(self, number: int) -> None:
         while (job := self._jobs.get()) is not None:
-            with self._lock:
-                self._waiting_bytes -= len(job.data)
-            if job.ticket.is_gone:
-                continue
-            started = self._clock()
-            if self._is_closed:
-                job.ticket.fail(Closed())
-                continue
-            if job.ticket.deadline <= started:
-                job.ticket.fail(DeadlinePassed())
-                continue
-            self._since[number] = started
-            is_measured = True
-            try:
-                is_measured = self._work(job)
-            except ImageRefused as refused:
-                job.ticket.fail(refused)
-            except Exception as error:  # noqa: BLE001  a fault of ours is this image's: the thread goes on
-                job.ticket.fail(error)
-            self._since[number] = None
-            if not is_measured:
-                continue
+            self._do(number, job)
+            del job  # else it would be kept, image and all, until the next one comes
+
+    def _do(self, number: int, job: _Job) -> None:
+        started = self._clock()
+        with self._lock:
+            self._waiting_bytes -= len(job.data)
+        if job.ticket.is_gone:
+            return
+        if self._is_closed or job.ticket.deadline <= started:
+            job.ticket.fail(Closed() if self._is_closed else DeadlinePassed())
+            return
+        self._since[number] = started
+        is_measured = True
+        try:
+            is_measured = self._work(job)
+        except ImageRefused as refused:  # a new one: this one's traceback holds the image
+            job.ticket.fail(ImageRefused(refused.reason, refused.detail))
+        except Exception as error:  # noqa: BLE001  a fault of ours is this image's: the thread goes on
+            job.ticket.fail(error)
+        self._since[number] = None
+        if is_measured:
             with self._lock:
                 self._seconds += NEWEST * (self._clock() - started - self._seconds)
                 self._bytes += NEWEST * (len(job.data) - self._bytes)

@@ -267,6 +267,7 @@ class LoadedModel:
         try:
             done = await ticket.future
         except ImageRefused as refused:
+            refused.__traceback__ = None  # it, this frame and the ticket would keep one another until collected
             return Answer(prediction=self._classifiers[0].refuse(refused), timing=self._timing(ticket, None))
         row = done.value
         return Answer(
