@@ -41,7 +41,7 @@ def routed(kind: type[Any], config: ServingConfig) -> type[Any]:
     names = frozenset(entry.name for entry in config.models)
 
     async def touch(self: Any, model: str) -> Any:
-        return await self.shelf.get(model)
+        return (await self.shelf.get(model)).card  # not the model: Serve keeps what this gives, and its memory with it
 
     def build_app(self: Any) -> Any:
         return Touching(kind.__serve_build_asgi_app__(self), self.touch, names)
