@@ -52,6 +52,7 @@ class Page:
             deviceScaleFactor=1,
             mobile=width_px < 600,
         )
+        self.do("Emulation.setTouchEmulationEnabled", enabled=width_px < 600)
         for domain in ("Page", "Runtime", "Log", "DOM", "Network"):
             self.do(f"{domain}.enable")
         self.do("Page.navigate", url=url)

@@ -62,7 +62,7 @@ def test_a_key_then_pictures_then_answers_and_nothing_from_elsewhere(
     page.choose_files("#files", photos)
     page.wait(f"{CARDS}.length === 3 && {NOT_WAITING}")
     titles = page.value(f"[...{CARDS}].map((card) => card.querySelector('h2').textContent)")  # the newest first
-    assert titles[0] == "No image of the request can be classified"
+    assert titles[0] == "This picture cannot be used"
     assert set(titles[1:]) <= {"circle", "cross", "square", "star", "wave"}
     assert page.value(f"[...{CARDS}].map((card) => card.querySelectorAll('tr').length)") == [0, 5, 5]
     widths = page.value("[...document.querySelectorAll('.card:last-child .track i')].map((bar) => bar.offsetWidth)")
@@ -141,6 +141,8 @@ def test_it_fits_its_screen_and_follows_the_readers_scheme(
     page.choose_files("#files", photos)
     page.wait(f"{CARDS}.length === 3 && {NOT_WAITING}")
     assert page.value("document.documentElement.scrollWidth") <= width_px
+    shown = page.value("document.getElementById('drop').innerText")
+    assert ("Drop" in shown) == (width_px != PHONE_PX)  # a finger drops nothing
     smallest = "Math.min(...[...document.querySelectorAll('select, .drop')].map((one) => one.offsetHeight))"
     assert page.value(smallest) >= 44  # a finger's width: WCAG 2.2, 2.5.5
     with Image.open(page.screenshot(tmp_path / "shot.png"), formats=["PNG"]) as image:
