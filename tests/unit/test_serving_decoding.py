@@ -218,7 +218,7 @@ def test_a_closed_decoder_refuses(batcher: Batcher[Any, Any], make_photo: Photo)
 
 def test_a_header_of_thirty_thousand_pixels_is_refused_without_them(batcher: Batcher[Any, Any]) -> None:
     buffer = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(buffer, "PNG")
+    Image.new("1", (30_000, 30)).save(buffer, "PNG")
 
     async def body() -> None:
         with decoding_with() as decoder:
