@@ -616,6 +616,13 @@ def test_a_model_that_can_never_fit_is_refused_and_puts_nobody_out(bundles: dict
     asyncio.run(run())
 
 
+def test_a_gpu_is_not_looked_for_where_no_model_runs_on_one(bundles: dict[str, Path]) -> None:
+    async def body(shelf: ModelShelf) -> None:
+        assert shelf.is_ready()
+
+    serving(config_of(bundles, "a", memory={"gpu_memory_mib": 2**20}), body)
+
+
 def test_the_driver_tells_the_free_memory() -> None:
     driver = CudaDriver(CudaRecorder())
     free, total = driver.memory_info()

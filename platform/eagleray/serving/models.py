@@ -72,8 +72,8 @@ class ModelShelf:
             large_pixels=limits.large_pixels,
             clock=clock,
         )
-        budget = config.memory.gpu_memory_mib
-        self._gpu_memory = gpu_memory or (GpuMemory(budget) if budget is not None else None)
+        budget, on_gpu = config.memory.gpu_memory_mib, any(entry.device == "cuda" for entry in config.models)
+        self._gpu_memory = gpu_memory or (GpuMemory(budget) if on_gpu and budget is not None else None)
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()  # the one asked longest ago first
         self._canaries: dict[str, Canary] = {}
         self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
