@@ -139,17 +139,17 @@ def test_a_gigabyte_is_cut_before_serve_holds_it(
 
     read, held = measured(tried, bytes_read), measured(tried, memory)
     status, sent = put_to_a_gigabyte(tried.every, is_chunked=is_chunked)
-    assert status in (413, 0) if tried.proxy == "haproxy" else status == 413
+    assert status == 413
     # beyond the limit: what the kernel holds between processes, twice in fast mode (net.ipv4.tcp_rmem, tcp_wmem)
     assert sent <= (16 if is_chunked else 0) * MIB + 80 * MIB
-    assert grown_mib(tried, read, bytes_read) <= (CAP / MIB if is_chunked else 0) + 2
+    assert grown_mib(tried, read, bytes_read) <= (CAP / MIB if is_chunked else 0) + 0.5
     assert grown_mib(tried, held, memory) < 96
     assert tried.every.predict(make_photo(4))[0] == 200
 
 
 def test_without_a_key_a_gigabyte_is_not_read_at_all(tried: Tried) -> None:
     status, sent = put_to_a_gigabyte(tried.every, is_chunked=True, key="")
-    assert status in (401, 0) if tried.proxy == "haproxy" else status == 401
+    assert status == 401
     assert sent <= 80 * MIB
 
 
@@ -198,7 +198,7 @@ def test_the_request_log_and_ray_s_logs_hold_no_key_and_no_image(tried: Tried) -
     lines = [path for path in files if path.name.startswith("requests-")]
     assert lines
     said = [json.loads(line) for path in lines for line in path.read_text().splitlines()]
-    assert {"acme", "none"} <= {line["tenant"] for line in said}
+    assert {"acme", "none"} <= {line.get("tenant") for line in said}
     assert any(image.get("hash") for line in said for image in line.get("images", ()))
     for path in files:
         if path.stat().st_size < 64 * MIB and not path.is_socket():
