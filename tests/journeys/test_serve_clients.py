@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from eagleray.vision.images import decode
 
 from tests.serving_server import make_key, running, service_config
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[tuple[str, str]]:
     """The service's address and a key that opens it."""
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
-    key = make_key(keys)
+    key = make_key(keys, images_per_s=1e6, burst=1_000_000)
     with running(service_config(keys, tiny=tiny_model)) as address:
         yield address, key
 
@@ -132,3 +136,40 @@ def test_curl_sends_a_file_and_a_form(
 def curl(address: str, key: str, *words: str) -> dict[str, Any]:
     command = ["curl", "--silent", "--noproxy", "*", "-H", f"X-API-Key: {key}", *words, f"{address}/v1/predict"]
     return dict(json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("--phases=coverage,fuzzing", "--max-examples=5"), id="short"),
+        pytest.param(("--max-examples=200",), id="long", marks=pytest.mark.full),
+    ],
+)
+def test_schemathesis_finds_nothing_over_the_openapi_document(
+    place: tuple[str, str], classifier: Classifier, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    pytest.importorskip("schemathesis")
+    address, key = place
+    (tmp_path / "schemathesis.toml").write_text(
+        f"""
+        headers = {{ Authorization = "Bearer {key}" }}
+        [parameters]
+        "path.model" = "tiny"
+        "path.version" = "{classifier.bundle.model_digest[:12]}"
+        """,
+        "utf-8",
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "platform"), *filter(None, sys.path)])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "schemathesis.cli", "run", str(ROOT / "docs" / "openapi.json"), "--url", address),
+            *("--seed", "1", "--continue-on-failure", "--warnings", "off", *words),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths, "SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "16 selected / 16 total" in done.stdout

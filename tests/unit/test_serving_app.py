@@ -15,7 +15,7 @@ import pytest
 from eagleray.serving.app import build_app
 from eagleray.serving.exchanges import Exchange
 from eagleray.serving.passport import STATE_KEY, Passport
-from eagleray.serving.refusals import PROBLEM_TYPE, overloaded
+from eagleray.serving.refusals import PROBLEM_TYPE, deadline_passed, overloaded
 from eagleray.serving.routes_pages import PAGE, content_policy
 from eagleray.serving.settings import LimitsConfig
 from eagleray.serving.telemetry import DECISIONS, IMAGES, REFUSALS, REQUESTS, MemoryMeter
@@ -185,6 +185,12 @@ def test_what_the_service_refuses_goes_to_the_client(service: DirectService, pho
     problem(answer, 503, "overloaded")
     assert answer.headers["retry-after"] == "3"
     assert "x-eagleray-images" not in answer.headers  # what was not answered is not charged
+
+
+def test_a_deadline_is_told_as_the_client_gave_it(service: DirectService, photo: bytes) -> None:
+    service.fault = deadline_passed(0.000633366)
+    answer = client_of(service).post("/v1/predict", content=photo, headers={**JPEG, "x-deadline-ms": "200"})
+    assert "within 0.2 s" in problem(answer, 503, "deadline_passed")["detail"]
 
 
 def test_a_fault_of_ours_is_said_as_one_and_tells_nothing_of_the_inside(

@@ -337,3 +337,11 @@ def test_the_limit_of_values_is_above_what_a_batch_of_pixels_needs() -> None:
 
     assert MAX_VALUES > 6 * 224 * 224 * 3
     assert LimitsConfig().max_json_depth >= 7  # {inputs: [{data: [[[[ ]]]]}]}
+
+
+def test_the_outputs_of_the_document_are_those_that_are_read() -> None:
+    from typing import get_args, get_type_hints
+
+    from eagleray.serving.messages_v2 import RequestedOutput
+
+    assert list(get_args(get_type_hints(RequestedOutput)["name"])) == list(OUTPUTS)

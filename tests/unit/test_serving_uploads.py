@@ -80,6 +80,26 @@ def test_a_body_without_a_container_is_the_image(content_type: str) -> None:
     assert (upload.images, upload.is_single) == ((b"x",), True)
 
 
+@pytest.mark.parametrize(
+    ("head", "is_file"),
+    [
+        (b'Content-Disposition: form-data; name="f"; filename="a"', True),
+        (b"content-disposition: form-data; name=f;filename*=UTF-8''a", True),
+        (b'Content-Disposition: form-data; name="f"\r\nContent-Type: image/png', True),
+        (b'CONTENT-TYPE: image/png\r\nContent-Disposition: form-data; name="f"', True),
+        (b'Content-Disposition: form-data; name="filename"', False),
+        (b'Content-Disposition: form-data; name="f"\r\nX-Content-Type: image/png', False),
+    ],
+)
+def test_a_part_is_a_file_by_its_name_or_its_type(head: bytes, is_file: bool) -> None:
+    body = b"--b\r\n" + head + b"\r\n\r\nx\r\n--b--"
+    if is_file:
+        assert read_form(body, "b") == (b"x",)
+    else:
+        with pytest.raises(Refusal):
+            read_form(body, "b")
+
+
 def test_a_boundary_within_a_file_ends_it_only_with_its_line() -> None:
     with pytest.raises(Refusal):  # "--bc" begins with the delimiter of "b": the sender chose a bad boundary
         read_form(form([b"\r\n--bc"], "b"), "b")

@@ -239,7 +239,7 @@ class Call:
             left_s = max(0.0, ask.deadline - time.monotonic())
             await asyncio.wait({task, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
-                self.exchange.batch = task.result()
+                self.exchange.batch = self._told(task)
                 return self.exchange.batch
             if gone.done():
                 raise ClientGone
@@ -247,6 +247,15 @@ class Call:
         finally:
             gone.cancel()
             task.cancel()
+
+    def _told(self, task: asyncio.Future[Batch]) -> Batch:
+        """What the service gave; a deadline is told as the client gave it, not as what was left of it."""
+        try:
+            return task.result()
+        except Refusal as refusal:
+            if refusal.code == "deadline_passed":
+                raise deadline_passed(self._within_s) from None
+            raise
 
     def json(self, value: Any, *, status: int = 200) -> Reply:
         """An answer in JSON."""

@@ -75,7 +75,7 @@ class RequestTensor(TypedDict):
 class RequestedOutput(TypedDict):
     """An output that is asked for."""
 
-    name: str
+    name: Literal["probabilities", "label", "label_name", "score", "decision", "reason", "embedding"]
     parameters: NotRequired[dict[str, Any]]
 
 

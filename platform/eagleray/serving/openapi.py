@@ -95,12 +95,6 @@ def _parameters() -> Json:
         "deadline": _parameter(
             "X-Deadline-Ms", "header", deadline, "After so many milliseconds the answer is of no use: 503."
         ),
-        "header_length": _parameter(
-            "Inference-Header-Content-Length",
-            "header",
-            {"type": "integer", "minimum": 2},
-            "Bytes of JSON before tensors.",
-        ),
         "model": _parameter("model", "path", name, "The model."),
         "version": _parameter("version", "path", {"type": "string"}, "The first 12 digits of the model's digest."),
     }
@@ -143,9 +137,7 @@ def _v2_paths() -> Json:
         body = {"required": True, "content": {"application/json": {"schema": _named("InferBody")}}}
         paths[f"{place}/infer"] = {
             "post": {
-                **_said(
-                    f"infer{ending}", "Inference by the Open Inference Protocol.", [*given, "header_length", "deadline"]
-                ),
+                **_said(f"infer{ending}", _INFER, [*given, "deadline"]),
                 "requestBody": body,
                 "responses": _responses(_named("InferAnswer"), _ASKED, is_v2=True),
             }
@@ -188,6 +180,10 @@ def _open_paths() -> Json:
     return paths
 
 
+_INFER = (
+    "Inference by the Open Inference Protocol. Where the header Inference-Header-Content-Length says how long the JSON"
+    " is, binary tensors follow; they are answered where binary_data asks for them."
+)
 _LOOKED = (400, 401, 403, 404, 429)
 _ASKED = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 
@@ -213,7 +209,7 @@ def _upload() -> Json:
         "required": True,
         "content": {
             **dict.fromkeys((*IMAGE_TYPES, uploads.ANY_BYTES), raw),
-            uploads.FORM: {"schema": form},
+            uploads.FORM: {"schema": form, "encoding": {"file": {"contentType": ", ".join(IMAGE_TYPES)}}},
             uploads.JSON: {"schema": _either("OneImage", "SeveralImages")},
         },
     }

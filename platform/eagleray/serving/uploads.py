@@ -35,7 +35,8 @@ FORM, JSON, ANY_BYTES = "multipart/form-data", "application/json", "application/
 ACCEPTED = ("image/*", ANY_BYTES, FORM, JSON)
 MAX_PART_HEADERS = 8_192  # bytes; browsers and curl send some 150
 # RFC 2046, section 5.1.1: 1 to 70 of these characters; a parameter's value may be quoted
-_FILE = re.compile(rb";[ \t]*filename\*?=", re.I)
+# A file has a name or a type of its own; the text field of a form has neither (RFC 7578, sections 4.2 and 4.4)
+_FILE = re.compile(rb";[ \t]*filename\*?=|(?:^|\n)content-type:", re.I)
 _BOUNDARY = re.compile(
     r"""(?:^|;)\s*boundary=(?:"([^"\r\n]{1,70})"|([!#$%&'*+.^_`|~0-9A-Za-z:/=?,()-]{1,70}))\s*(?:;|$)""", re.I
 )
