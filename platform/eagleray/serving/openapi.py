@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document, made from the types that the answers are made of and from the table of refusals.
 
 docs/openapi.json is this document, committed; a test compares them, so that the wire format cannot change unseen.
-``python -m eagleray.serving.openapi`` prints it.
+``python -m eagleray.serving.openapi`` writes it to stdout.
 
 Example:
     >>> document()["paths"]["/v1/predict"]["post"]["responses"]["413"]["description"]
@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, NotRequired
 
@@ -244,8 +245,8 @@ def _either(*names: str) -> Json:
 
 
 def main() -> None:
-    """Prints the document."""
-    print(json.dumps(document(), indent=1, ensure_ascii=False))
+    """Writes the document to stdout."""
+    sys.stdout.write(json.dumps(document(), indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -268,7 +268,8 @@ def _binary_pixels(data: bytes, shape: Sequence[int]) -> Uint8:
 
 def _unpack(data: bytes, count: int) -> tuple[bytes, ...]:
     """The elements of a binary BYTES tensor: each its length as 4 bytes, little-endian, then itself."""
-    elements, at = [], 0
+    elements: list[bytes] = []
+    at = 0
     while at < len(data) and len(elements) < count:
         if at + _LENGTH.size > len(data):
             raise _bad_bytes(count)
