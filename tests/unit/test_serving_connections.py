@@ -6,8 +6,10 @@ import contextlib
 import random
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ class Counted(GuardedProtocol):
 class Server:
     """A uvicorn in a thread."""
 
-    def __init__(self, app: Any, protocol: type, loop: str) -> None:
-        config = uvicorn.Config(app, port=0, http=protocol, loop=loop, log_level="critical", lifespan="off", ws="none")
+    def __init__(self, app: Any, protocol: type, loop: str, **more: Any) -> None:
+        settings = {"log_level": "critical", "lifespan": "off", "ws": "none", **more}
+        config = uvicorn.Config(app, port=0, http=protocol, loop=loop, **settings)
         self._server = uvicorn.Server(config)
         self._socket = config.bind_socket()
         self._socket.listen(128)
@@ -258,6 +261,46 @@ def test_the_rest_of_a_body_that_nobody_reads_cannot_be_sent_for_ever(limits: Li
             for _ in range(2):
                 client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n" + b"x" * 60_000)
                 assert read_answer(client)[0] == 401
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A certificate of this machine, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    (folder / "key.pem").write_bytes(private)
+    return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_it_is_the_same_under_tls(limits: LimitsConfig, certificate: tuple[str, str], loop: str) -> None:
+    cert, key = certificate
+    server = Server(echo, GuardedProtocol, loop, ssl_certfile=cert, ssl_keyfile=key)
+    context = ssl.create_default_context(cafile=cert)
+    try:
+        with context.wrap_socket(server.connect(), server_hostname="localhost") as client:
+            for size in (0, 1, 48_000, READ_BYTES + 1, 3_000_000):
+                client.sendall(f"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode() + b"x" * size)
+                assert read_answer(client) == (200, str(size).encode())
+        with context.wrap_socket(server.connect(), server_hostname="localhost") as client:
+            client.sendall(b"POST / HT")
+            assert read_all(client).startswith(b"HTTP/1.1 408 ")
     finally:
         server.stop()
 
