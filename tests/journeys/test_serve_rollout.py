@@ -76,10 +76,10 @@ def test_a_rollout_under_load(service: Served, tiny_model: Path, other_model: Pa
 def test_a_slow_model_is_taken_back(service: Served, tiny_model: Path, other_model: Path, images: list[bytes]) -> None:
     before = service.predict(images[0]).json["model"]["version"]
     new = tiny_model if before == version(other_model) else other_model
-    service.go_wrong(slow_bundle=str(new.resolve()), slow_engine_ms=1500)
+    service.go_wrong(slow_bundle=str(new.resolve()), slow_engine_ms=600)
     try:
         with load(service, images, threads=2) as asked:
-            done = rollout(service, f"tiny={new}", "--set", "min_requests=3")
+            done = rollout(service, f"tiny={new}", "--set", "min_requests=3", "--set", "max_p99_ms=300")
     finally:
         (service.home / "faults.json").unlink()
     print(f"\n{service.facts['proxy']}: {asked.report()}, {done.stdout}")

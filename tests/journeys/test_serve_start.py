@@ -13,7 +13,7 @@ import psutil
 import pytest
 from eagleray.flows.listeners import listeners, unexpected
 
-from tests.journeys.conftest import command, run, wait_for
+from tests.journeys.conftest import ROOT, command, run, wait_for
 from tests.journeys.serving import Served, served
 
 Folders = pytest.TempPathFactory
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_before_ray_starts(
 ) -> None:
     done = subprocess.run(
         command("serve", "--model", f"tiny={tiny_model}", "--port", "0", *words),
-        env={**os.environ, "EAGLERAY_CACHE": str(tmp_path)},
+        env={**os.environ, "EAGLERAY_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT / "platform")},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -36,6 +36,7 @@ frontend prometheus
     mode http
 frontend http_frontend
     bind 127.0.0.1:8000
+    http-request return status 200 content-type application/json string "{\\"/\\":\\"eagleray\\"}" if routes
 backend http-eagleray
     server replica-1 127.0.0.1:30000 check
 listen stats
@@ -106,6 +107,8 @@ def test_haproxy_is_kept_to_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
     assert binds(mended) == ["bind 127.0.0.1:9101", "bind 127.0.0.1:8000", "bind 127.0.0.1:8404"], done.stderr
     assert "mode 600 level admin" in mended
     assert "timeout http-request 7s" in mended
+    assert "http-request return status 404 if routes" in mended
+    assert "eagleray\\" not in mended  # the names of applications are nobody's business
     assert stat.S_IMODE((tmp_path / "h" / "haproxy.cfg").stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "haproxy").stat().st_mode) == 0o700
 
@@ -159,6 +162,7 @@ def test_ray_still_writes_what_the_script_mends() -> None:
         "    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n",
         "  bind *:{{ config.stats_port }}\n",
         "    option log-health-checks\n",
+        'string "{{ route_info.routes_message }}" if routes\n',
     ):
         assert line in template, line
 

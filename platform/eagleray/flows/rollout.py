@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -99,6 +100,7 @@ def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
     with cluster(address):
         from eagleray.flows.deployment import APP
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         handle = _handle(APP)
         old = load(ServingConfig, overrides=_asked(lambda: handle.settings.remote().result(timeout_s=ASK_TIMEOUT_S)))
         entry = _entry(old, name)

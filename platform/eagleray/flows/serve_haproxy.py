@@ -1,9 +1,10 @@
 """HAProxy, as Ray Serve starts it, kept to this machine: a script that stands in for the binary and mends its config.
 
 Serve's template (Ray 2.60) binds the metrics and the statistics of HAProxy to every address, makes its admin socket
-writable by all, and knows neither TLS nor a bound on slow request heads. Serve writes the file anew at each change of
-replicas and starts the binary that RAY_SERVE_HAPROXY_BINARY_PATH names: a script here, which mends the file and then
-*becomes* HAProxy (exec), so that Serve's own handling of the process stays as it is. What it cannot mend it refuses.
+writable by all, tells its routes to anybody, and knows neither TLS nor a bound on slow request heads. Serve writes the
+file anew at each change of replicas and starts the binary that RAY_SERVE_HAPROXY_BINARY_PATH names: a script here,
+which mends the file and then *becomes* HAProxy (exec), so that Serve's own handling of the process stays as it is. What
+it cannot mend it refuses.
 
 Example:
     >>> environment = prepare(folder, HttpConfig(port=8000, proxy="haproxy"), head_timeout_s=10.0)
@@ -49,6 +50,7 @@ if [ -n "$config" ]; then
     -e 's/^\\( *bind \\):\\([0-9]*\\)$/\\1{loopback}:\\2/' \\
     -e 's/^\\( *bind \\)\\*:\\([0-9]*\\)$/\\1{loopback}:\\2/' \\
     -e 's|^ *bind {loopback}:{port}$|    bind {bind}|' \\
+    -e 's/^\\( *http-request return\\) status .* if routes$/\\1 status 404 if routes/' \\
     -e 's/^\\( *\\)option log-health-checks$/\\1timeout http-request {head_timeout_s}s/' \\
     "$config" > "$mended"
   for line in 'mode 600 level admin' 'bind {bind}' 'timeout http-request {head_timeout_s}s'; do
