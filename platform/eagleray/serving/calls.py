@@ -117,9 +117,9 @@ class Call:
             return passport
         return self.exchange.passport
 
-    def header(self, name: bytes) -> str:
-        """A header's value; "" where it is missing."""
-        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name), "")
+    def header(self, name: bytes) -> str | None:
+        """A header's value, which may be empty; None where it is missing."""
+        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name), None)
 
     def query(self, *known: str) -> dict[str, str]:
         """The query's parameters.
@@ -188,7 +188,7 @@ class Call:
             Refusal: The header is not a number of milliseconds.
         """
         passport, text = self.identify(), self.header(DEADLINE_HEADER)
-        if text and not _NUMBER.fullmatch(text):
+        if text is not None and not _NUMBER.fullmatch(text):
             raise bad_parameter("X-Deadline-Ms", "a whole number of milliseconds, above 0")
         within_s = min(self.desk.limits.deadline_s, int(text) / 1000 if text else math.inf, timeout_s or math.inf)
         self._within_s = within_s

@@ -95,12 +95,12 @@ def outputs_of(card: ModelCard) -> list[str]:
     return [name for name in OUTPUTS if name != EMBEDDING or card.embedding_dim is not None]
 
 
-def read_request(body: bytes, *, header_length: str, card: ModelCard, limits: LimitsConfig) -> InferRequest:
+def read_request(body: bytes, *, header_length: str | None, card: ModelCard, limits: LimitsConfig) -> InferRequest:
     """Reads a request for a model.
 
     Args:
         body: All of it: JSON, or JSON and the binary tensors after it.
-        header_length: The Inference-Header-Content-Length header; "" when there is none.
+        header_length: The Inference-Header-Content-Length header; None when there is none.
         card: The model that is asked.
         limits: How many images it may hold, how deep its JSON may go.
 
@@ -164,8 +164,8 @@ def write_response(batch: Batch, request: InferRequest, *, request_id: str) -> t
     return b"".join((text, *tail)), headers
 
 
-def _header_size(header_length: str, body_size: int) -> int:
-    if not header_length:
+def _header_size(header_length: str | None, body_size: int) -> int:
+    if header_length is None:
         return body_size
     if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
         raise bad_request("Inference-Header-Content-Length is the JSON's length in bytes")

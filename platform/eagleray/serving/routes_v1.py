@@ -87,14 +87,14 @@ async def read(call: Call) -> Upload:
         Refusal: See ``read_upload``; or a Content-Encoding, which is not undone: images are compressed already.
     """
     refuse_encoded(call)
-    upload = read_upload(call.header(b"content-type"), await call.body(), call.desk.limits)
+    upload = read_upload(call.header(b"content-type") or "", await call.body(), call.desk.limits)
     call.exchange.inputs, call.exchange.num_images = upload.images, len(upload.images)
     return upload
 
 
 def refuse_encoded(call: Call) -> None:
     """Refuses a compressed body: 415, with what is accepted (RFC 9110, section 15.5.16)."""
-    if call.header(b"content-encoding").lower() not in ("", "identity"):
+    if (call.header(b"content-encoding") or "identity").lower() != "identity":
         raise Refusal(
             "unsupported_media_type",
             "send the body as it is, without Content-Encoding",

@@ -37,7 +37,7 @@ async def infer(call: Call) -> Reply:
     """POST /v2/models/NAME[/versions/VERSION]/infer."""
     card = _model(call, action="predict")
     refuse_encoded(call)
-    if call.header(b"content-type").partition(";")[0].strip().lower() not in _READ:
+    if (call.header(b"content-type") or "").partition(";")[0].strip().lower() not in _READ:
         raise unsupported_media_type(_READ[1:])
     body = await call.body()
     if not body:
