@@ -37,8 +37,10 @@ lint: venv  ## style, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## the speed table of docs/log.md
+bench: venv  ## the speed tables of docs/log.md: scoring, then serving
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python tests/benchmarks/bench_score.py
+	$(BIN)/python tests/benchmarks/bench_serve.py
 
 tree:  ## write the README's tree anew, from the first lines of the files
 	$(PYTHON) tests/house/tree.py

@@ -101,6 +101,11 @@ class CudaRecorder:
     def _cuCtxSetCurrent(self, context: int) -> int:
         return 0 if self.live.get(context) == "context" else INVALID
 
+    def _cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
+        taken = sum(ctypes.sizeof(thing) for thing in self.live.values() if isinstance(thing, ctypes.Array))
+        free._obj.value, total._obj.value = 2**30 - taken, 2**30
+        return 0
+
     def _cuMemAlloc_v2(self, out: Any, num_bytes: int) -> int:
         return CAPTURING if self.captures else self._new_memory(out, num_bytes)
 

@@ -22,6 +22,9 @@ NOT_RUN = {
     "make test": "it is what runs this test",
     "s3://bucket": "a bucket and a cluster of the reader's",
     "eagleray release": "minutes long on real images; tests/unit/test_release_flow.py runs it on small ones",
+    "eagleray serve": "ends by Ctrl-C only; tests/journeys/test_serve_start.py runs it",
+    "eagleray rollout": "needs a service that runs; tests/journeys/test_serve_rollout.py has one",
+    "serve deploy": "a cluster of the reader's; tests/unit/test_serve_apps.py reads the same file",
     "ray job submit": "a cluster of the reader's; tests/journeys submits the same job to a local one",
 }
 

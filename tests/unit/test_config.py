@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 from eagleray.core.config import Config, digest, digest_json, load, parse_assignments, read_recipe
 from eagleray.core.errors import ConfigError
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 
 class Inner(Config):
     depth: int = 1
+
+
+class Outer(Config):
+    inners: tuple[Inner, ...] = ()
+    inner: Inner | None = None
+
+    @model_validator(mode="after")
+    def _deep(self) -> Outer:
+        if self.inner and self.inner.depth > 3:
+            raise ValueError("inner.depth is above 3\ninners are too few")
+        return self
 
 
 class Sample(Config):
@@ -36,6 +47,30 @@ def test_every_fault_is_said_at_once_with_the_nearest_key() -> None:
     assert "faults in Sample" in said
     for part in ("source: missing", "did you mean top_k?", "top_k: ", "mean"):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"inner.dept": 1}, "inner.dept: no such key; did you mean inner.depth?"),
+        ({"inners": [{"depth": 1}, {"deph": 2}]}, "inners.1.deph: no such key; did you mean inners.1.depth?"),
+        ({"iner": 1}, "iner: no such key; did you mean inner?"),
+    ],
+)
+def test_an_unknown_key_of_a_group_is_said_with_the_nearest_key_of_that_group(
+    overrides: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(Outer, overrides=overrides)
+    assert said in str(error.value)
+
+
+def test_what_is_wrong_between_keys_is_counted_and_not_buried_under_the_whole_config() -> None:
+    with pytest.raises(ConfigError) as error:
+        load(Outer, overrides={"inner.depth": 4})
+    lines = str(error.value).splitlines()
+    assert lines[0] == "2 faults in Outer:"
+    assert [line.strip() for line in lines[1:3]] == ["config: inner.depth is above 3", "config: inners are too few"]
 
 
 def test_an_unknown_key_of_a_recipe_is_refused(tmp_path: Path) -> None:

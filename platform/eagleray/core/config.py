@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -137,17 +137,42 @@ def _config_error(kind: type[Config], error: ValidationError, recipe: str | Path
     faults = []
     names = list(kind.model_fields)
     for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"]) or "config"
+        *parents, leaf = fault["loc"] or ("config",)
+        key = ".".join(str(part) for part in (*parents, leaf))
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, names, n=1)
-            faults.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(str(leaf), _keys(kind, parents), n=1)
+            whole = ".".join(str(part) for part in (*parents, *near))
+            faults.append(f"{key}: no such key" + (f"; did you mean {whole}?" if near else ""))
         elif fault["type"] == "missing":
             faults.append(f"{key}: missing")
         else:
-            faults.append(f"{key}: {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r})")
+            # What is wrong between several keys names them itself; the whole config after it would bury it
+            got = "" if isinstance(fault.get("input"), Mapping) else f" (got {fault.get('input')!r})"
+            lines = fault["msg"].removeprefix("Value error, ").splitlines()  # a validator may find several
+            faults += [f"{key}: {line}{got}" for line in lines]
     where = f" in {recipe} or the command" if recipe else ""
     return ConfigError(
         f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in {kind.__name__}{where}:\n    " + "\n    ".join(faults),
         expected=f"keys of {', '.join(names)}",
         fix="correct them and run again",
     )
+
+
+def _keys(kind: type[Config], parents: Iterable[str | int]) -> list[str]:
+    """The keys of the group of keys at this place; of none when it is no group."""
+    for parent in parents:
+        if isinstance(parent, str):
+            field = kind.model_fields.get(parent)
+            groups = [part for part in _parts(field.annotation if field else None) if issubclass(part, Config)]
+            if not groups:
+                return []
+            kind = groups[0]
+    return list(kind.model_fields)
+
+
+def _parts(annotation: Any) -> Iterator[type]:
+    """The classes that an annotation is made of: of ``tuple[A, ...] | None`` A and NoneType."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)

@@ -44,6 +44,18 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     fsync_dir(path.parent)
 
 
+def write_private(path: str | Path, data: bytes) -> None:
+    """``write_atomic`` for what only its owner may read (mode 0600), from the first byte on, whatever the umask.
+
+    Raises:
+        StorageError: The storage refused; nothing is published.
+    """
+    path = Path(path)
+    with _aside(path, data, mode=0o600) as aside:
+        os.replace(aside, path)
+    fsync_dir(path.parent)
+
+
 def publish_new(path: str | Path, data: bytes) -> bool:
     """Writes a whole file unless one of that name exists.
 
@@ -130,11 +142,11 @@ def write_table(table: Any, path: str | Path, **options: Any) -> None:
 
 
 @contextmanager
-def _aside(path: Path, data: bytes) -> Iterator[Path]:
+def _aside(path: Path, data: bytes, mode: int = 0o666) -> Iterator[Path]:
     """A fully written and fsynced neighbour of ``path``, removed afterwards if it is still there."""
     aside = aside_path(path)
     try:
-        with open(aside, "xb") as file:
+        with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             flush(file.fileno(), file)
         yield aside

@@ -23,6 +23,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,36 @@ QUIET_ENVIRONMENT = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """What an embedded cluster is started with, besides what always holds.
+
+    Attributes:
+        environment: Of Ray's processes and all their workers; it wins over what a person has set, as Serve's safety
+            hangs on it. Ray reads most of it when it is imported: too late for a process that has imported it.
+        num_cpus: Logical CPUs; None: the cores and some to spare.
+        folder: Where Ray keeps its sockets and logs; None: its own place.
+        metrics_port: Where Prometheus reads, on loopback; None: any that is free.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    num_cpus: int | None = None
+    folder: Path | None = None
+    metrics_port: int | None = None
+
+
 def resolve_address(address: str | None) -> str | None:
     """The cluster to connect to: ``--address``, else RAY_ADDRESS, else None for an embedded one."""
     return address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[dict[str, Any]]:
+def cluster(address: str | None, embedded: Embedded | None = None) -> Iterator[dict[str, Any]]:
     """Connects to Ray and disconnects at the end; an embedded cluster is stopped, its workers with it.
 
     Args:
         address: A cluster's address, or None.
+        embedded: How to start an embedded one; given, RAY_ADDRESS is not looked at.
 
     Yields:
         What is connected to: ``mode``, ``address``, ``nodes``, ``cpus``, ``gpus``, ``ray``.
@@ -64,13 +84,14 @@ def cluster(address: str | None) -> Iterator[dict[str, Any]]:
     Raises:
         ClusterError: It cannot be reached or refuses the token.
     """
-    address = resolve_address(address)
+    address = address if embedded else resolve_address(address)
     _prepare_environment(is_embedded=address is None)
+    os.environ.update(embedded.environment if embedded else {})
     import ray
 
     was_connected = ray.is_initialized()
     if not was_connected:
-        _connect(ray, address)
+        _connect(ray, address, embedded or Embedded())
     try:
         total = ray.cluster_resources()
         yield {
@@ -126,7 +147,7 @@ def _make_token_private() -> None:
         ) from error
 
 
-def _connect(ray: Any, address: str | None) -> None:
+def _connect(ray: Any, address: str | None, embedded: Embedded) -> None:
     from ray.exceptions import RayError
 
     if address is not None:
@@ -138,9 +159,11 @@ def _connect(ray: Any, address: str | None) -> None:
             if address is None:
                 ray.init(
                     address="local",
-                    num_cpus=cores() + SPARE_CPUS,
+                    num_cpus=embedded.num_cpus or cores() + SPARE_CPUS,
                     object_store_memory=OBJECT_STORE_BYTES,
                     include_dashboard=False,
+                    **({"_temp_dir": str(embedded.folder)} if embedded.folder else {}),
+                    **({"_metrics_export_port": embedded.metrics_port} if embedded.metrics_port else {}),
                     **quiet,
                 )
             else:

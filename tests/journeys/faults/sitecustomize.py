@@ -10,6 +10,8 @@ so that one cluster serves many journeys:
 - ``slow_step_ms``: every training step sleeps so long;
 - ``consumed``: folder; every training step writes there which images it took, one file a process;
 - ``die_before``: ``bundle`` or ``disconnect``: the driver of a training kills itself just before that;
+- ``hang_engine``: path of a marker file; the first process whose engine runs then hangs there for good;
+- ``slow_bundle``, ``slow_engine_ms``: every call of an engine made of the bundle in that folder sleeps so long;
 - ``no_space_at``: the n-th durable write of the run fails with ENOSPC; ``no_space_counts``: folder that counts them.
 """
 
@@ -140,7 +142,37 @@ def patch_training(module: Any) -> None:
     module._Loop._step = told
 
 
+def patch_engine(module: Any) -> None:
+    make, run = module.OnnxRuntime.__init__, module.OnnxRuntime.run
+
+    def made(self: Any, bundle: Any, **options: Any) -> None:
+        make(self, bundle, **options)
+        self.folder = str(bundle.path)
+
+    def suffering(self: Any, batch: Any) -> Any:
+        wanted = faults()
+        marker = wanted.get("hang_engine")
+        if marker and is_first(marker):
+            time.sleep(3600)
+        if wanted.get("slow_bundle") == self.folder:
+            time.sleep(wanted.get("slow_engine_ms", 0) / 1000)
+        return run(self, batch)
+
+    module.OnnxRuntime.__init__, module.OnnxRuntime.run = made, suffering
+
+
+def is_first(marker: str) -> bool:
+    """Whether this process made the marker, now or before."""
+    try:
+        with open(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return Path(marker).read_text() == str(os.getpid())
+    return True
+
+
 PATCHES = {
+    "eagleray.infer.runtimes.onnx_runtime": patch_engine,
     "eagleray.flows.runtime": patch_runtime,
     "eagleray.flows.training_outputs": patch_outputs,
     "eagleray.learn.training": patch_training,

@@ -37,6 +37,7 @@ SIGNATURES: dict[str, Sequence[Any]] = {
     "cuDeviceGetAttribute": (OUT_INT, INT, INT),
     "cuDevicePrimaryCtxRetain": (OUT, INT),
     "cuCtxSetCurrent": (POINTER,),
+    "cuMemGetInfo_v2": (ctypes.POINTER(SIZE), ctypes.POINTER(SIZE)),
     "cuMemAlloc_v2": (OUT_ADDRESS, SIZE),
     "cuMemFree_v2": (ADDRESS,),
     "cuMemHostAlloc": (OUT, SIZE, UINT),
@@ -124,6 +125,13 @@ class CudaDriver:
     def enter(self) -> None:
         """Makes the device's context the calling thread's: once before a thread's first call, cheap when it is."""
         self._call("cuCtxSetCurrent", self._context)
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and total memory of the device, in bytes; of all processes together."""
+        free, total = SIZE(), SIZE()
+        self.enter()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return int(free.value), int(total.value)
 
     def stream(self) -> int:
         """A new queue of work."""

@@ -1,0 +1,406 @@
+"""``eagleray rollout``: another bundle under a name of a running service, without a request that fails; or back.
+
+In this order, and each step may end it with the service as it was:
+
+1. the bundle is loaded, and must have the labels that its clients know;
+2. it answers its probe set on this hardware: a task of the cluster asks it, with what a replica holds;
+3. Serve starts replicas with it beside the old ones and stops an old one only when a new one is warm; replicas that do
+   not start leave the old ones serving;
+4. while that goes on and for a while after, the new replicas' failures and p99 are held against the SLO; beyond it, the
+   old model is put back the same way and the command ends with exit code 6.
+
+Example:
+    >>> run(RolloutConfig(model="lite0=bundles/lite0-int8", port=8000))["rolled_back"]
+    False
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from eagleray.core.config import Config, load
+from eagleray.core.errors import ClusterError, ConfigError, EagleError, KpiNotMet
+from eagleray.core.progress import StatusLine
+from eagleray.flows.pool import error_json, rebuild_error
+from eagleray.flows.runtime import cluster, first_fault, resolve_address
+from eagleray.serving.settings import ModelEntry, ServingConfig, SloConfig
+from eagleray.serving.window import Figures, together
+from eagleray.vision.bundle import ModelBundle, load_bundle
+
+POLL_S = 1.0
+ASK_TIMEOUT_S = 10.0
+CHECK_TIMEOUT_S = 600.0
+
+
+class RolloutConfig(Config):
+    """What is put where.
+
+    Attributes:
+        model: ``NAME=BUNDLE``: the service's name of the model, and its new bundle.
+        port: Of the service on this machine; not read with an address.
+        address: A cluster's, where the service runs; default RAY_ADDRESS.
+        watch_s: How long the new replicas are watched once all of them serve.
+        min_requests: Fewer requests than this at the new replicas prove nothing against them.
+        max_error_rate: Share of failed requests beyond which it is taken back; none: what the SLO leaves.
+        max_p99_ms: Latency beyond which it is taken back; none: the SLO's.
+        allow_new_labels: Take a bundle with other labels.
+        timeout_s: The longest time until all new replicas serve.
+    """
+
+    model: str = Field(pattern=r"^[^=]+=.+$")
+    port: int = Field(8000, ge=1, le=65535)
+    address: str | None = None
+    watch_s: float = Field(30.0, ge=0)
+    min_requests: int = Field(20, ge=1)
+    max_error_rate: float | None = Field(None, ge=0, le=1)
+    max_p99_ms: float | None = Field(None, gt=0)
+    allow_new_labels: bool = False
+    timeout_s: float = Field(600.0, gt=0)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of a service.
+
+    Attributes:
+        old, new: The settings before and after.
+        parity: What it answered to its probe set on the service's hardware.
+    """
+
+    old: ServingConfig
+    new: ServingConfig
+    parity: Mapping[str, Any]
+
+
+def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
+    """Puts the bundle in.
+
+    Returns:
+        ``model``, ``digest``, ``previous``, ``is_new``, ``parity``, ``seconds``; ``watched``: new replicas' Figures.
+
+    Raises:
+        ConfigError: No such service or model, or other labels.
+        ArtifactError: The bundle does not hold, or fails its probe set on this hardware.
+        KpiNotMet: It was taken back, with the figures that it was taken back for.
+        ClusterError: Ray or Serve does not answer, or the new replicas did not start.
+    """
+    name, _, path = config.model.partition("=")
+    bundle = load_bundle(path)
+    address = _address(config)
+    began, status = time.monotonic(), StatusLine("rollout", is_quiet=is_quiet)
+    with cluster(address):
+        from eagleray.flows.deployment import APP
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        handle = _handle(APP)
+        old = load(ServingConfig, overrides=_asked(lambda: handle.settings.remote().result(timeout_s=ASK_TIMEOUT_S)))
+        entry = _entry(old, name)
+        before = load_bundle(entry.bundle) if Path(entry.bundle).exists() else None
+        _refuse_labels(bundle, before, is_allowed=config.allow_new_labels)
+        previous = before.model_digest if before else ""
+        if before and bundle.model_digest == before.model_digest and _policy(bundle) == _policy(before):
+            return {"model": name, "digest": previous, "previous": previous, "is_new": False}
+        status.show("asking the bundle its probe set on the service's hardware")
+        changed = entry.model_copy(update={"bundle": str(Path(path).resolve())})
+        change = Change(
+            old=old,
+            new=old.model_copy(update={"models": tuple(changed if e.name == name else e for e in old.models)}),
+            parity=_check(changed, old),
+        )
+        try:
+            watched = _put_in(change, config, handle, status)
+        finally:
+            status.close()
+    return {
+        "model": name,
+        "digest": bundle.model_digest,
+        "previous": previous,
+        "is_new": True,
+        "parity": dict(change.parity),
+        "seconds": round(time.monotonic() - began, 1),
+        "watched": watched.to_json(),
+    }
+
+
+def _address(config: RolloutConfig) -> str:
+    """The Ray of the service.
+
+    Raises:
+        ConfigError: None is given, and no service runs on the port.
+    """
+    from eagleray.flows.serve_local import read_state
+
+    given = resolve_address(config.address)
+    if given:
+        return given
+    state = read_state(config.port)
+    if not state:
+        raise ConfigError(
+            f"no `eagleray serve` on port {config.port} of this machine",
+            expected="a service that runs, by --port, or a cluster, by --address",
+            fix="start it with `eagleray serve`, or name the cluster that `serve deploy` was given",
+        )
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # what an embedded Ray is started with
+    return str(state["address"])
+
+
+def _handle(app: str) -> Any:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return serve.get_app_handle(app)
+    except RayServeException as error:
+        raise ConfigError(
+            f"no application {app!r} on this cluster: {first_fault(error)}",
+            expected="a service that `eagleray serve` or `serve deploy serve_apps/serve.yaml` started",
+            fix="look at `serve status`",
+        ) from error
+
+
+def _asked(ask: Callable[[], Any]) -> Any:
+    """What the service says.
+
+    Raises:
+        ClusterError: It does not answer.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return ask()
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise ClusterError(
+            f"the service does not answer: {first_fault(error)}",
+            expected="a service whose replicas run",
+            fix="look at `serve status`, and run it again",
+        ) from error
+
+
+def _entry(config: ServingConfig, name: str) -> ModelEntry:
+    entry = config.entry(name)
+    if entry is None:
+        raise ConfigError(
+            f"the service has no model {name!r}",
+            expected=f"one of {', '.join(e.name for e in config.models)}",
+            fix="name one of them; a new name needs a new `eagleray serve`",
+        )
+    return entry
+
+
+def _refuse_labels(bundle: ModelBundle, before: ModelBundle | None, *, is_allowed: bool) -> None:
+    """Clients act on labels: a model with others is another service.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if before is None or is_allowed:
+        return
+    old, new = [label.id for label in before.labels], [label.id for label in bundle.labels]
+    if old != new:
+        lost, more = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        gone = (
+            f"without {', '.join(lost[:3])}" if lost else f"with {', '.join(more[:3])}" if more else "in another order"
+        )
+        raise ConfigError(
+            f"the new bundle has other labels: {gone}",
+            expected=f"the {len(old)} labels of the running model, in its order",
+            fix="--allow-new-labels, once the clients know them",
+        )
+
+
+def _policy(bundle: ModelBundle) -> Any:
+    return None if bundle.policy is None else bundle.policy.to_json()
+
+
+def _check(entry: ModelEntry, config: ServingConfig) -> Mapping[str, Any]:
+    """Asks the bundle its probe set in a task that holds what a replica holds.
+
+    Raises:
+        ArtifactError: It answers otherwise than it must.
+        EagleError: The engine cannot be had there.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    task = ray.remote(num_cpus=config.memory.cpus, num_gpus=config.memory.gpus, max_retries=0)(answer_probes)
+    try:
+        said = ray.get(task.remote(entry.model_dump(mode="json")), timeout=CHECK_TIMEOUT_S)
+    except (RayError, TimeoutError) as error:
+        raise ClusterError(
+            f"the probe set could not be asked: {first_fault(error)}",
+            expected=f"{config.memory.cpus:g} CPUs and {config.memory.gpus:g} GPUs that are free for a moment",
+            fix="free some, and run it again; the service is as it was",
+        ) from error
+    if "error" in said:
+        raise rebuild_error(said["error"])
+    return said  # type: ignore[no-any-return]
+
+
+def answer_probes(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine on this machine answers to a bundle's probe set (runs in a task of the cluster).
+
+    Args:
+        entry: A ModelEntry as JSON values.
+
+    Returns:
+        Parity.to_json, or ``error``.
+    """
+    from eagleray.infer.parity import check_parity, refuse
+    from eagleray.infer.runtimes.measure import choose_runtime
+
+    try:
+        model = ModelEntry(**entry)
+        bundle, runtime = load_bundle(model.bundle), model.runtime
+        if runtime == "auto":
+            runtime = choose_runtime(bundle, threads=model.threads, device=model.device).name
+        parity = check_parity(bundle, runtime, threads=model.threads, device=model.device)
+        refuse(bundle, parity)
+        return parity.to_json()
+    except EagleError as error:
+        return {"error": error_json(error)}
+
+
+def _put_in(change: Change, config: RolloutConfig, handle: Any, status: StatusLine) -> Figures:
+    """Deploys the new settings, watches, and takes them back where they do not hold.
+
+    Raises:
+        KpiNotMet, ClusterError: As run says; the old settings are deployed again.
+    """
+    try:
+        return _watch(_deploy(change.new), change.new.slo, config, handle, status)
+    except (EagleError, KeyboardInterrupt) as error:
+        status.note(f"taking it back: {error.seen if isinstance(error, EagleError) else 'stopped by Ctrl-C'}")
+        _await(_deploy(change.old), config, handle, status)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        seen = f"{error.seen}; the old model serves again"
+        raise type(error)(seen, expected=error.expected, fix=error.fix) from error
+
+
+def _deploy(config: ServingConfig) -> str:
+    """Hands settings to Serve, which replaces replicas one after another.
+
+    Returns:
+        The new deployment's generation.
+    """
+    from ray import serve
+
+    from eagleray.flows.deployment import APP, build
+
+    generation = secrets.token_hex(8)
+    targets = [serve.RunTarget(build(config, generation=generation), name=APP, route_prefix="/")]
+    _asked(lambda: serve.run_many(targets, wait_for_applications_running=False))
+    return generation
+
+
+def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, status: StatusLine) -> Figures:
+    """Watches the new replicas until they have served alone for watch_s.
+
+    Raises:
+        KpiNotMet: They fail or are slow.
+        ClusterError: They do not start.
+    """
+    began = time.monotonic()
+    alone_since: float | None = None
+    while True:
+        figures, is_alone = _figures(generation, handle, since_s=time.monotonic() - began)
+        _refuse_figures(figures, slo, config)
+        now = time.monotonic()
+        if alone_since is None and _is_running(config, began) and is_alone:
+            alone_since = now
+        if alone_since is not None and now - alone_since >= config.watch_s:
+            return figures
+        phase = "starting new replicas" if alone_since is None else "watching the new replicas"
+        p99 = "-" if figures.latency_ms_p99 is None else f"{figures.latency_ms_p99:,.0f} ms"
+        status.show(f"{phase}: {figures.requests:,} requests, {figures.failures:,} failed, p99 {p99}")
+        time.sleep(POLL_S)
+
+
+def _await(generation: str, config: RolloutConfig, handle: Any, status: StatusLine) -> None:
+    """Waits until a deployment serves alone."""
+    began = time.monotonic()
+    while not (_is_running(config, began) and _figures(generation, handle, since_s=0.0)[1]):
+        status.show("waiting until the old model serves alone")
+        time.sleep(POLL_S)
+
+
+def _is_running(config: RolloutConfig, began: float) -> bool:
+    """Whether every replica is of the newest deployment and runs.
+
+    Raises:
+        ClusterError: The replicas do not start, or take longer than they may.
+    """
+    from ray import serve
+
+    from eagleray.flows.deployment import APP
+
+    application = _asked(serve.status).applications.get(APP)
+    state = "gone" if application is None else str(application.status.value)
+    if state == "RUNNING":
+        return True
+    if state in ("DEPLOY_FAILED", "gone"):
+        raise ClusterError(
+            f"the new replicas did not start: {_last_line(application)}",
+            expected="replicas that load the bundle and stay",
+            fix="try it with `eagleray predict`; look at `serve status`",
+        )
+    if time.monotonic() - began > config.timeout_s:
+        raise ClusterError(
+            f"the new replicas did not serve within {config.timeout_s:g} s; the service is {state.lower()}",
+            expected="room for a new replica beside the old ones",
+            fix="free CPUs, GPUs or memory, or raise timeout_s",
+        )
+    return False
+
+
+def _last_line(application: Any) -> str:
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    lines = [line for text in messages for line in str(text).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no reason is given"
+
+
+def _figures(generation: str, handle: Any, *, since_s: float) -> tuple[Figures, bool]:
+    """The figures of the replicas of a deployment, and whether only such replicas serve.
+
+    A replica that ends meanwhile does not answer, and is not asked again.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        said = handle.broadcast("figures", since_s).results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    except (RayError, RayServeException, TimeoutError):
+        return together([]), False
+    names = Figures.__dataclass_fields__
+    ours = [one for one in said if isinstance(one, dict) and one["generation"] == generation]
+    return together([Figures(**{name: one[name] for name in names}) for one in ours]), 0 < len(ours) == len(said)
+
+
+def _refuse_figures(figures: Figures, slo: SloConfig, config: RolloutConfig) -> None:
+    """Holds the new replicas to the SLO, once they have been asked often enough.
+
+    Raises:
+        KpiNotMet: They leave it.
+    """
+    if figures.requests < config.min_requests:
+        return
+    most_errors = 1 - slo.availability if config.max_error_rate is None else config.max_error_rate
+    most_ms = config.max_p99_ms or slo.latency_p99_ms
+    rate, p99 = figures.failures / figures.requests, figures.latency_ms_p99
+    if rate > most_errors or (p99 is not None and p99 > most_ms):
+        said = "-" if p99 is None else f"{p99:,.0f} ms"
+        raise KpiNotMet(
+            f"the new replicas failed {figures.failures:,} of {figures.requests:,} requests, p99 {said}",
+            expected=f"at most {most_errors:.2%} failed and p99 <= {most_ms:g} ms",
+            fix="look into it with `eagleray evaluate` and `eagleray export --check`",
+        )

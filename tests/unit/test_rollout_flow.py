@@ -1,0 +1,120 @@
+"""What a rollout refuses before it begins, and by which figures it takes a model back; Serve's scaling question."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from eagleray.core.config import load
+from eagleray.core.errors import ConfigError, KpiNotMet
+from eagleray.flows import rollout
+from eagleray.flows.rollout import RolloutConfig
+from eagleray.flows.scale_policy import ScalePolicy
+from eagleray.serving.settings import AutoscaleConfig, SloConfig
+from eagleray.serving.window import Figures
+from eagleray.vision.bundle import load_bundle
+
+SLO = SloConfig(latency_p99_ms=100, availability=0.99)
+
+
+def config(**given: Any) -> RolloutConfig:
+    return load(RolloutConfig, overrides={"model": "a=b", **given})
+
+
+def test_a_model_without_a_name_or_a_bundle_is_refused() -> None:
+    for text in ("bundles/lite0", "=b", "a="):
+        with pytest.raises(ConfigError, match="model"):
+            config(model=text)
+
+
+@pytest.mark.parametrize(
+    ("figures", "is_fine"),
+    [
+        (Figures(100, 1, 50, 99.0), True),  # 1 % is what the SLO leaves; an overload is not the model's
+        (Figures(100, 2, 0, 99.0), False),
+        (Figures(100, 0, 0, 101.0), False),
+        (Figures(19, 19, 0, 999.0), True),  # too few to say anything
+        (Figures(100, 0, 0, None), True),
+    ],
+)
+def test_the_slo_decides(figures: Figures, is_fine: bool) -> None:
+    if is_fine:
+        rollout._refuse_figures(figures, SLO, config())
+    else:
+        with pytest.raises(KpiNotMet, match=f"of {figures.requests} requests"):
+            rollout._refuse_figures(figures, SLO, config())
+
+
+def test_own_bounds_win_over_the_slo() -> None:
+    rollout._refuse_figures(Figures(100, 9, 0, 400.0), SLO, config(max_error_rate=0.1, max_p99_ms=500))
+    with pytest.raises(KpiNotMet):
+        rollout._refuse_figures(Figures(100, 1, 0, 1.0), SLO, config(max_error_rate=0.0))
+
+
+def test_other_labels_are_another_service(tiny_model: Path) -> None:
+    old = load_bundle(tiny_model)
+    turned = dataclasses.replace(old, labels=tuple(reversed(old.labels)))
+    fewer = dataclasses.replace(old, labels=old.labels[1:])
+    rollout._refuse_labels(old, old, is_allowed=False)
+    rollout._refuse_labels(fewer, old, is_allowed=True)
+    rollout._refuse_labels(fewer, None, is_allowed=False)
+    for other, said in ((turned, "in another order"), (fewer, f"without {old.labels[0].id}")):
+        with pytest.raises(ConfigError, match=said):
+            rollout._refuse_labels(other, old, is_allowed=False)
+
+
+def test_where_no_service_runs_it_says_how_to_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EAGLERAY_CACHE", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="no `eagleray serve` on port 8000"):
+        rollout._address(config())
+    assert rollout._address(config(address="10.0.0.1:6379")) == "10.0.0.1:6379"
+    assert os.environ.get("RAY_ADDRESS") is None
+
+
+def context(**given: Any) -> Any:
+    """Serve's AutoscalingContext, as far as the policy looks at it."""
+    values = {"queue_delay_s": [0.0], "utilization": [0.1], "latency_ms_p99": [-1.0], **given.pop("figures", {})}
+    count = len(next(iter(values.values())))
+    replicas = [f"r{number}" for number in range(count)]
+    raw = {
+        name: {
+            replica: [SimpleNamespace(value=9e9), SimpleNamespace(value=value)]
+            for replica, value in zip(replicas, row, strict=True)
+        }
+        for name, row in values.items()
+    }
+    raw = {name: {**row, "dead": [SimpleNamespace(value=9e9)]} for name, row in raw.items()}
+    fixed = {
+        "current_num_replicas": count,
+        "target_num_replicas": count,
+        "running_replicas": replicas,
+        "total_num_requests": 1.0,
+        "raw_metrics": raw,
+    }
+    return SimpleNamespace(**{**fixed, **given})
+
+
+def policy(**given: Any) -> ScalePolicy:
+    scale = AutoscaleConfig(max_replicas=4, upscale_after_s=0, downscale_after_s=0, **given)
+    return ScalePolicy(scale.model_dump(mode="json"), SLO.model_dump(mode="json"))
+
+
+def test_a_queue_brings_replicas_and_only_the_newest_of_the_living_counts() -> None:
+    assert policy()(context())[0] == 1
+    busy = {"queue_delay_s": [1.0], "utilization": [1.0], "latency_ms_p99": [500.0]}
+    made = policy()
+    assert max(made(context(figures=busy))[0] for _ in range(3)) >= 2
+
+
+def test_what_is_on_its_way_is_waited_for() -> None:
+    busy = {"queue_delay_s": [1.0], "utilization": [1.0], "latency_ms_p99": [500.0]}
+    assert policy()(context(figures=busy, target_num_replicas=3))[0] == 3
+
+
+def test_a_replica_that_has_told_nothing_yet_does_no_harm() -> None:
+    assert policy()(context(raw_metrics=None))[0] == 1
