@@ -7,7 +7,7 @@ round is one turn of each, begun with another one each time; a ratio is taken wi
 its least and most. The state is kept after each round: the same command goes on where it stopped.
 
 Example:
-    python tests/benchmarks/bench_serve.py                                  # light model, 48 KB: about 17 minutes
+    python tests/benchmarks/bench_serve.py                                  # light model, 48 KB: about 20 minutes
     python tests/benchmarks/bench_serve.py --contests heavy-48k,light-1m,heavy-1m --minutes 20    # again: it goes on
     python tests/benchmarks/bench_serve.py --soak 30                        # memory and failures at 50 % load
 """
@@ -38,7 +38,7 @@ from serving_soak import soak
 PEERS = ("naive", "proxied", "litserve", "bare")
 GOALS = {"naive": 3.5, "proxied": 1.6, "litserve": 1.3, "bare": 1.0}  # issue 5, Speed; for the light model
 SINGLE_GOAL, GOODPUT_GOAL, OVERLOAD_GOAL = 1.5, 0.9, 2.0
-WARM_S, SINGLE_S, CAPACITY_S, STEP_S, OVERLOAD_S = 1.0, 2.0, 1.5, 3.0, 4.0
+WARM_S, SINGLE_S, CAPACITY_S, STEP_S, OVERLOAD_S = 1.5, 2.0, 1.5, 3.0, 4.0
 LEAST_REQUESTS = 200  # of a step: its p99 rests on 2 of them at least
 FINE, COARSE, MOST_STEPS = 1.05, 1.2, 7  # a rate is found to 5 %
 LATE_MS = 25.0  # a client that sends its requests later than this is what limits
