@@ -272,7 +272,7 @@ class ModelShelf:
 
     async def _load(self, name: str) -> LoadedModel:
         async with self._one_load:
-            await asyncio.to_thread(load_bundle, self._entries[name].bundle)  # nobody makes room for a broken one
+            await asyncio.to_thread(bundle_of, self._entries[name])  # nobody makes room for a broken one
             while len(self._loaded) >= self._config.memory.max_loaded_models:
                 await self._evict(next(filter(self._may_go, self._loaded)))
             started = self._clock()
