@@ -7,7 +7,7 @@ round is one turn of each, begun with another one each time; a ratio is taken wi
 its least and most. The state is kept after each round: the same command goes on where it stopped.
 
 Example:
-    python tests/benchmarks/bench_serve.py                                  # light model, 48 KB: about 17 minutes
+    python tests/benchmarks/bench_serve.py                                  # light model, 48 KB: about 20 minutes
     python tests/benchmarks/bench_serve.py --contests heavy-48k,light-1m,heavy-1m --minutes 20    # again: it goes on
     python tests/benchmarks/bench_serve.py --soak 30                        # memory and failures at 50 % load
 """
@@ -15,12 +15,12 @@ Example:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,9 +38,10 @@ from serving_soak import soak
 PEERS = ("naive", "proxied", "litserve", "bare")
 GOALS = {"naive": 3.5, "proxied": 1.6, "litserve": 1.3, "bare": 1.0}  # issue 5, Speed; for the light model
 SINGLE_GOAL, GOODPUT_GOAL, OVERLOAD_GOAL = 1.5, 0.9, 2.0
-WARM_S, SINGLE_S, CAPACITY_S, STEP_S, OVERLOAD_S = 1.0, 2.0, 1.5, 3.0, 4.0
-LEAST_REQUESTS = 200  # of a step: its p99 rests on 2 of them at least
-FINE, COARSE, MOST_STEPS = 1.05, 1.2, 7  # a rate is found to 5 %
+WARM_S, SINGLE_S, CAPACITY_S, STEP_S, OVERLOAD_S = 1.0, 1.5, 1.5, 3.0, 3.0
+MOST_STEP_S = 5.0  # for a rate so low that LEAST_REQUESTS would take longer
+LEAST_REQUESTS = 200  # of a step: its p99 rests on 2 of them
+FINE, COARSE, MOST_STEPS = 1.05, 1.15, 7  # a rate is found to 5 %
 LATE_MS = 25.0  # a client that sends its requests later than this is what limits
 
 
@@ -134,21 +135,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_state(args: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
-    """What earlier runs of this commit have found; figures of two commits are never mixed."""
-    fresh: dict[str, Any] = {"machine": machine, "settings": {}, "rounds": {}}
+    """What earlier runs of the same sources have found; figures of two are never mixed."""
+    now = sources()
+    fresh: dict[str, Any] = {"machine": machine, "sources": now, "settings": {}, "rounds": {}}
     if args.fresh or not args.json.exists():
         return fresh
     state: dict[str, Any] = json.loads(args.json.read_text())
-    told = state["machine"]["eagleray"]
-    if told != machine["eagleray"] and sources(told) != sources(machine["eagleray"]):
-        raise SystemExit(f"{args.json} is of {told}, this is {machine['eagleray']}: give --fresh, or another --json")
+    if state["sources"] != now:
+        raise SystemExit(
+            f"{args.json} is of other sources ({state['machine']['eagleray']}): --fresh, or another --json"
+        )
     return state
 
 
-def sources(commit: str) -> str:
-    """The tree of platform/ in a commit: a change of documents only does not make figures old."""
-    done = subprocess.run(["git", "rev-parse", f"{commit}:platform"], cwd=ROOT, capture_output=True, check=False)
-    return done.stdout.decode().strip() or commit
+def sources() -> str:
+    """SHA-256, in hex, of what is measured: the code under platform/, committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "platform").rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def write_state(args: argparse.Namespace, state: dict[str, Any]) -> None:
@@ -230,7 +235,7 @@ def turn(contestant: Contestant, model: Model, folder: Path, work: Path, *, cont
 
 def step(load: Load, rate: float) -> dict[str, Any]:
     """An open loop at one rate, long enough for its p99 to rest on something."""
-    return {"rate": rate, **load.open(rate, min(10.0, max(STEP_S, LEAST_REQUESTS / rate)))}
+    return {"rate": rate, **load.open(rate, min(MOST_STEP_S, max(STEP_S, LEAST_REQUESTS / rate)))}
 
 
 def search(measure: Callable[[float], dict[str, Any]], start: float, limit_ms: float) -> tuple[dict[str, Any], int]:
@@ -253,9 +258,9 @@ def search(measure: Callable[[float], dict[str, Any]], start: float, limit_ms: f
         else:
             high = rate
         if math.isinf(high):
-            rate = low * COARSE
+            rate = low * COARSE**steps  # further with each step that has not found the other side
         else:
-            rate = high / COARSE if low == 0.0 else math.sqrt(low * high)
+            rate = high / COARSE**steps if low == 0.0 else math.sqrt(low * high)
     return best, steps
 
 
@@ -291,10 +296,10 @@ def overload_table(rounds: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for key in rounds[0]:
-        kept = paired(rounds, lambda found, key=key: _over(found[key]["goodput"], found[key]["rate"]))
-        slower = paired(rounds, lambda found, key=key: _over(found[key]["accepted_p99_ms"], found[key]["p99_ms"]))
+        kept = [_over(found[key]["goodput"], found[key]["rate"]) for found in rounds]
+        slower = [_over(found[key]["accepted_p99_ms"], found[key]["p99_ms"]) for found in rounds]
         told = ["", ""]
-        if key == "ours" and kept and slower:
+        if key == "ours":
             told[0] = f", goal >= {GOODPUT_GOAL:g} {verdict(statistics.median(kept) >= GOODPUT_GOAL)}"
             told[1] = f", goal <= {OVERLOAD_GOAL:g} {verdict(statistics.median(slower) <= OVERLOAD_GOAL)}"
         cells = [

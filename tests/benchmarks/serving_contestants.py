@@ -23,7 +23,7 @@ from checkout import EAGLERAY, environment
 from contestants import HERE, end_all
 from model_maker import Model
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 120.0
 PROXY_MODE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 SWEEP_CONNECTIONS, SWEEP_S = 16, 3.0
 

@@ -103,7 +103,7 @@ def test_the_request_log_outlives_the_request_and_says_nothing_of_it(
     assert service.headers["X-API-Key"] not in "".join(path.read_text() for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("fast", [[], ["--fast"]])
+@pytest.mark.parametrize("fast", [[], pytest.param(["--fast"], marks=pytest.mark.full)], ids=["python", "haproxy"])
 def test_tls(tiny_model: Path, tmp_path: Path, fast: list[str], make_photo: Callable[..., bytes]) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]

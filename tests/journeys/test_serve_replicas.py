@@ -23,7 +23,7 @@ def images(make_photo: Callable[..., bytes]) -> list[bytes]:
     return [make_photo(seed) for seed in range(8)]
 
 
-@pytest.fixture(scope="module", params=["python", "haproxy"])
+@pytest.fixture(scope="module", params=["python", pytest.param("haproxy", marks=pytest.mark.full)])
 def three(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: Folders) -> Iterator[Served]:
     """A service of three replicas: one answers while one is killed and one starts, which takes longer than PERIOD_S."""
     number = ["--set", "autoscale.min_replicas=3", "--set", "autoscale.max_replicas=3"]

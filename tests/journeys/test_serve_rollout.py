@@ -26,7 +26,7 @@ def other_model(tmp_path_factory: Folders) -> Path:
     return make_bundle(tmp_path_factory.mktemp("other") / "other", seed=8)
 
 
-@pytest.fixture(scope="module", params=["python", "haproxy"])
+@pytest.fixture(scope="module", params=["python", pytest.param("haproxy", marks=pytest.mark.full)])
 def service(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: Folders) -> Iterator[Served]:
     fast = ["--fast"] if request.param == "haproxy" else []
     slo = ["--set", "slo.latency_p99_ms=1000", "--set", "limits.max_queue_s=5"]

@@ -52,6 +52,32 @@ def test_without_a_key_nothing_is_said(service: Served, make_photo: Callable[...
     assert service.ask("/-/routes", headers={"Authorization": ""}).status in (401, 404)
 
 
+def test_the_stock_tritonclient_infers_and_the_page_is_there(
+    service: Served, tiny_model: Path, make_photo: Callable[..., bytes]
+) -> None:
+    import numpy as np
+    from eagleray.infer.classifier import Classifier
+    from tritonclient import http
+
+    images = [make_photo(seed) for seed in range(3)]
+    client = http.InferenceServerClient(f"{service.host}:{service.port}")
+    try:
+        assert client.is_server_ready()
+        assert client.is_model_ready("tiny", headers=service.headers)
+        sent = http.InferInput("image", [3], "BYTES")
+        sent.set_data_from_numpy(np.array(images, object))
+        result = client.infer("tiny", [sent], headers=dict(service.headers))
+    finally:
+        client.close()
+    expected = Classifier(tiny_model, "onnx").predict(images)
+    assert [str(label, "utf-8") for label in result.as_numpy("label")] == [one.label for one in expected]
+    np.testing.assert_allclose(result.as_numpy("score"), [one.score for one in expected], atol=1e-6)
+    page = service.ask("/", headers={"Authorization": ""})
+    assert page.status == 200
+    assert "sha256-" in page.headers["content-security-policy"]
+    assert service.ask("/openapi.json", headers={"Authorization": ""}).json["info"]["title"] == "Eagleray"
+
+
 def test_only_this_machine_reaches_it(service: Served) -> None:
     found = listeners(service.process.pid)
     assert service.port in {listener.port for listener in found}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from eagleray.core.config import load
 from eagleray.core.errors import ConfigError, KpiNotMet
-from eagleray.flows import rollout
+from eagleray.flows import rollout, rollout_checks
 from eagleray.flows.rollout import RolloutConfig
 from eagleray.flows.scale_policy import ScalePolicy
 from eagleray.serving.settings import AutoscaleConfig, SloConfig
@@ -43,28 +43,28 @@ def test_a_model_without_a_name_or_a_bundle_is_refused() -> None:
 )
 def test_the_slo_decides(figures: Figures, is_fine: bool) -> None:
     if is_fine:
-        rollout._refuse_figures(figures, SLO, config())
+        rollout_checks.refuse_figures(figures, SLO, config())
     else:
         with pytest.raises(KpiNotMet, match=f"of {figures.requests} requests"):
-            rollout._refuse_figures(figures, SLO, config())
+            rollout_checks.refuse_figures(figures, SLO, config())
 
 
 def test_own_bounds_win_over_the_slo() -> None:
-    rollout._refuse_figures(Figures(100, 9, 0, 400.0), SLO, config(max_error_rate=0.1, max_p99_ms=500))
+    rollout_checks.refuse_figures(Figures(100, 9, 0, 400.0), SLO, config(max_error_rate=0.1, max_p99_ms=500))
     with pytest.raises(KpiNotMet):
-        rollout._refuse_figures(Figures(100, 1, 0, 1.0), SLO, config(max_error_rate=0.0))
+        rollout_checks.refuse_figures(Figures(100, 1, 0, 1.0), SLO, config(max_error_rate=0.0))
 
 
 def test_other_labels_are_another_service(tiny_model: Path) -> None:
     old = load_bundle(tiny_model)
     turned = dataclasses.replace(old, labels=tuple(reversed(old.labels)))
     fewer = dataclasses.replace(old, labels=old.labels[1:])
-    rollout._refuse_labels(old, old, is_allowed=False)
-    rollout._refuse_labels(fewer, old, is_allowed=True)
-    rollout._refuse_labels(fewer, None, is_allowed=False)
+    rollout_checks.refuse_labels(old, old, is_allowed=False)
+    rollout_checks.refuse_labels(fewer, old, is_allowed=True)
+    rollout_checks.refuse_labels(fewer, None, is_allowed=False)
     for other, said in ((turned, "in another order"), (fewer, f"without {old.labels[0].id}")):
         with pytest.raises(ConfigError, match=said):
-            rollout._refuse_labels(other, old, is_allowed=False)
+            rollout_checks.refuse_labels(other, old, is_allowed=False)
 
 
 def test_where_no_service_runs_it_says_how_to_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

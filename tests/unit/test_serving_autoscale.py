@@ -109,6 +109,8 @@ def test_scale_to_zero_is_an_option_and_one_request_ends_it() -> None:
     assert decide(replace(nothing, replicas=0, ongoing=1.0), State(), ZERO, SLO, 1e6).target == 1
     busy = decide(replace(nothing, ongoing=1.0), State(idle_since_s=0.0), ZERO, SLO, 119.0)
     assert busy.state.idle_since_s is None
+    answered = decide(replace(nothing, latency_p99_ms=8.0), State(idle_since_s=0.0), ZERO, SLO, 121.0)
+    assert (answered.target, answered.state.idle_since_s) == (1, None)  # short requests fall between the counts
 
 
 @dataclass

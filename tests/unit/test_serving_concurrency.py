@@ -90,6 +90,24 @@ def test_a_load_that_can_be_borne_is_not_refused(share: float) -> None:
     assert p99_s <= 2 * SLO_S
 
 
+def test_after_a_stall_it_goes_back_to_where_it_began() -> None:
+    clock = [0.0]
+    gate = limited(clock)
+    first = gate.limit
+    for _ in range(200):  # a machine that stands still for a while: few on their way, all slow
+        clock[0] += 0.5
+        gate.begin()
+        gate.end(0.5)
+        gate.begin()
+        gate.end(0.01)
+    assert gate.limit <= first / 2
+    for _ in range(1_000):
+        clock[0] += 0.02
+        gate.begin()
+        gate.end(0.01)
+    assert gate.limit == first
+
+
 def test_a_model_that_is_slower_than_promised_is_served_all_the_same() -> None:
     clock = [0.0]
     gate = limited(clock)

@@ -440,6 +440,33 @@ def test_more_on_its_way_than_can_be_answered_in_time_is_refused_before_its_body
     assert taken == 0
 
 
+def test_an_answer_that_is_out_is_on_its_way_no_more(tmp_path: Path, keys) -> None:
+    """Serve's proxy ends some time after the answer: it waits for the end of the replica's stream."""
+    held, asked = asyncio.Event(), []
+
+    async def late(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+        asked.append(scope)
+        await held.wait()
+
+    gateway = Gateway(late, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+
+    async def many() -> None:
+        clients = [
+            asyncio.ensure_future(Client(gateway).asked("POST", "/v1/predict", headers=key(keys["all"]), chunks=[b"x"]))
+            for _ in range(200)
+        ]
+        while len(asked) < 200:
+            await asyncio.sleep(0)
+            assert not any(client.done() for client in clients)
+        held.set()
+        assert {answer.status for answer in await asyncio.gather(*clients)} == {200}
+
+    asyncio.run(asyncio.wait_for(many(), 20))
+
+
 def test_a_slow_upload_holds_no_place(tmp_path: Path, keys, app: App) -> None:
     gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
     headers = key(keys["all"], ("content-length", "9"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from eagleray.infer.probes import make_probes
 from eagleray.infer.runtimes.cuda_driver import CudaDriver
 from eagleray.serving import loaded_model, models
 from eagleray.serving.gpu_memory import MIB, GpuMemory
-from eagleray.serving.models import ModelShelf
+from eagleray.serving.models import ModelShelf, pinned
 from eagleray.serving.refusals import Refusal
 from eagleray.serving.service import Ask, Batch, Service
 from eagleray.serving.settings import ServingConfig
@@ -628,3 +629,20 @@ def test_the_driver_tells_the_free_memory() -> None:
     free, total = driver.memory_info()
     driver.memory(4096)
     assert driver.memory_info() == (free - 4096, total)
+
+
+def test_another_model_in_the_same_folder_is_refused_once_a_service_is_pinned(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(bundles["b"], tmp_path / "b")
+    config = pinned(config_of({"b": tmp_path / "b"}, "b"))
+    assert config.models[0].digest == load_bundle(bundles["b"]).model_digest
+    assert pinned(config) == config
+    ModelShelf(config)
+    shutil.rmtree(tmp_path / "b")
+    shutil.copytree(bundles["c"], tmp_path / "b")
+    with pytest.raises(ArtifactError, match="another model than the service b was deployed with"):
+        ModelShelf(config)
+    with pytest.raises(ArtifactError, match="a folder of its own"):
+        pinned(config)
+    ModelShelf(config_of({"b": tmp_path / "b"}, "b"))  # not pinned: whatever lies there

@@ -56,7 +56,7 @@ class Replica:
         EagleError: A bundle does not hold, or an engine is not here, or fails its probe set.
     """
 
-    async def __init__(self, settings: dict[str, Any], generation: str) -> None:
+    async def __init__(self, settings: dict[str, Any], generation: str) -> None:  # type: ignore[misc]
         from eagleray.flows.serve_metrics import RayMeter
         from eagleray.serving.models import ModelShelf
         from eagleray.serving.window import RequestWindow

@@ -1,9 +1,10 @@
 """More models than a replica holds: Serve's router is told which replica has which, and sends a request there.
 
-Each replica keeps its models itself (serving/models.py, the one that was asked longest ago makes room); Serve's own
-multiplexing only learns of it. The gateway names the model in the header that Serve's router reads. Where all models
-fit, none of this is there: it costs the router a look-up a request. In HAProxy mode no router of Serve's is asked, and
-a replica loads what it is asked for.
+Each replica keeps its models itself (serving/models.py: the first stays, of the others the one that was asked longest
+ago makes room); Serve's own multiplexing, a list of the same length that is asked in the same order, only learns of it.
+The gateway names the model in the header that Serve's router reads. Where all models fit, none of this is there: it
+costs the router a look-up a request. In HAProxy mode no router of Serve's is asked, and a replica loads what it is
+asked for.
 
 Example:
     >>> serve.deployment(serve.ingress()(routed(Replica, config)))
@@ -38,7 +39,7 @@ def routed(kind: type[Any], config: ServingConfig) -> type[Any]:
         return kind
     from ray import serve
 
-    names = frozenset(entry.name for entry in config.models)
+    names = frozenset(entry.name for entry in config.models[1:])  # every replica has the first
 
     async def touch(self: Any, model: str) -> Any:
         return (await self.shelf.get(model)).card  # not the model: Serve keeps what this gives, and its memory with it
@@ -46,7 +47,7 @@ def routed(kind: type[Any], config: ServingConfig) -> type[Any]:
     def build_app(self: Any) -> Any:
         return Touching(kind.__serve_build_asgi_app__(self), self.touch, names)
 
-    tell = serve.multiplexed(max_num_models_per_replica=config.memory.max_loaded_models)(touch)
+    tell = serve.multiplexed(max_num_models_per_replica=max(1, config.memory.max_loaded_models - 1))(touch)
     return type("RoutedReplica", (kind,), {"touch": tell, "__serve_build_asgi_app__": build_app})
 
 
@@ -56,7 +57,7 @@ class Touching:
     Args:
         app: The app.
         touch: Loads a model by its name.
-        names: The models that there are: what else stands in the header is the app's to refuse.
+        names: The models that may have to be loaded: what else stands in the header is the app's to refuse.
     """
 
     def __init__(self, app: Any, touch: Callable[[str], Awaitable[Any]], names: Collection[str]) -> None:

@@ -28,9 +28,9 @@ from typing import Any
 from pydantic import Field
 
 from eagleray.core.config import Config, load
-from eagleray.core.errors import ClusterError, ConfigError, EagleError, KpiNotMet
+from eagleray.core.errors import ClusterError, ConfigError, EagleError
 from eagleray.core.progress import StatusLine
-from eagleray.flows.pool import error_json, rebuild_error
+from eagleray.flows.rollout_checks import check_probes, refuse_figures, refuse_labels
 from eagleray.flows.runtime import cluster, first_fault, resolve_address
 from eagleray.serving.settings import ModelEntry, ServingConfig, SloConfig
 from eagleray.serving.window import Figures, together
@@ -38,7 +38,6 @@ from eagleray.vision.bundle import ModelBundle, load_bundle
 
 POLL_S = 1.0
 ASK_TIMEOUT_S = 10.0
-CHECK_TIMEOUT_S = 600.0
 
 
 class RolloutConfig(Config):
@@ -105,7 +104,7 @@ def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
         old = load(ServingConfig, overrides=_asked(lambda: handle.settings.remote().result(timeout_s=ASK_TIMEOUT_S)))
         entry = _entry(old, name)
         before = load_bundle(entry.bundle) if Path(entry.bundle).exists() else None
-        _refuse_labels(bundle, before, is_allowed=config.allow_new_labels)
+        refuse_labels(bundle, before, is_allowed=config.allow_new_labels)
         previous = before.model_digest if before else ""
         if before and bundle.model_digest == before.model_digest and _policy(bundle) == _policy(before):
             return {"model": name, "digest": previous, "previous": previous, "is_new": False}
@@ -114,7 +113,7 @@ def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
         change = Change(
             old=old,
             new=old.model_copy(update={"models": tuple(changed if e.name == name else e for e in old.models)}),
-            parity=_check(changed, old),
+            parity=check_probes(changed, old),
         )
         try:
             watched = _put_in(change, config, handle, status)
@@ -197,77 +196,8 @@ def _entry(config: ServingConfig, name: str) -> ModelEntry:
     return entry
 
 
-def _refuse_labels(bundle: ModelBundle, before: ModelBundle | None, *, is_allowed: bool) -> None:
-    """Clients act on labels: a model with others is another service.
-
-    Raises:
-        ConfigError: They differ.
-    """
-    if before is None or is_allowed:
-        return
-    old, new = [label.id for label in before.labels], [label.id for label in bundle.labels]
-    if old != new:
-        lost, more = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-        gone = (
-            f"without {', '.join(lost[:3])}" if lost else f"with {', '.join(more[:3])}" if more else "in another order"
-        )
-        raise ConfigError(
-            f"the new bundle has other labels: {gone}",
-            expected=f"the {len(old)} labels of the running model, in its order",
-            fix="--allow-new-labels, once the clients know them",
-        )
-
-
 def _policy(bundle: ModelBundle) -> Any:
     return None if bundle.policy is None else bundle.policy.to_json()
-
-
-def _check(entry: ModelEntry, config: ServingConfig) -> Mapping[str, Any]:
-    """Asks the bundle its probe set in a task that holds what a replica holds.
-
-    Raises:
-        ArtifactError: It answers otherwise than it must.
-        EagleError: The engine cannot be had there.
-    """
-    import ray
-    from ray.exceptions import RayError
-
-    task = ray.remote(num_cpus=config.memory.cpus, num_gpus=config.memory.gpus, max_retries=0)(answer_probes)
-    try:
-        said = ray.get(task.remote(entry.model_dump(mode="json")), timeout=CHECK_TIMEOUT_S)
-    except (RayError, TimeoutError) as error:
-        raise ClusterError(
-            f"the probe set could not be asked: {first_fault(error)}",
-            expected=f"{config.memory.cpus:g} CPUs and {config.memory.gpus:g} GPUs that are free for a moment",
-            fix="free some, and run it again; the service is as it was",
-        ) from error
-    if "error" in said:
-        raise rebuild_error(said["error"])
-    return said  # type: ignore[no-any-return]
-
-
-def answer_probes(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What an engine on this machine answers to a bundle's probe set (runs in a task of the cluster).
-
-    Args:
-        entry: A ModelEntry as JSON values.
-
-    Returns:
-        Parity.to_json, or ``error``.
-    """
-    from eagleray.infer.parity import check_parity, refuse
-    from eagleray.infer.runtimes.measure import choose_runtime
-
-    try:
-        model = ModelEntry(**entry)
-        bundle, runtime = load_bundle(model.bundle), model.runtime
-        if runtime == "auto":
-            runtime = choose_runtime(bundle, threads=model.threads, device=model.device).name
-        parity = check_parity(bundle, runtime, threads=model.threads, device=model.device)
-        refuse(bundle, parity)
-        return parity.to_json()
-    except EagleError as error:
-        return {"error": error_json(error)}
 
 
 def _put_in(change: Change, config: RolloutConfig, handle: Any, status: StatusLine) -> Figures:
@@ -314,7 +244,7 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
     alone_since: float | None = None
     while True:
         figures, is_alone = _figures(generation, handle, since_s=time.monotonic() - began)
-        _refuse_figures(figures, slo, config)
+        refuse_figures(figures, slo, config)
         now = time.monotonic()
         if alone_since is None and _is_running(config, began) and is_alone:
             alone_since = now
@@ -384,23 +314,3 @@ def _figures(generation: str, handle: Any, *, since_s: float) -> tuple[Figures, 
     names = Figures.__dataclass_fields__
     ours = [one for one in said if isinstance(one, dict) and one["generation"] == generation]
     return together([Figures(**{name: one[name] for name in names}) for one in ours]), 0 < len(ours) == len(said)
-
-
-def _refuse_figures(figures: Figures, slo: SloConfig, config: RolloutConfig) -> None:
-    """Holds the new replicas to the SLO, once they have been asked often enough.
-
-    Raises:
-        KpiNotMet: They leave it.
-    """
-    if figures.requests < config.min_requests:
-        return
-    most_errors = 1 - slo.availability if config.max_error_rate is None else config.max_error_rate
-    most_ms = config.max_p99_ms or slo.latency_p99_ms
-    rate, p99 = figures.failures / figures.requests, figures.latency_ms_p99
-    if rate > most_errors or (p99 is not None and p99 > most_ms):
-        said = "-" if p99 is None else f"{p99:,.0f} ms"
-        raise KpiNotMet(
-            f"the new replicas failed {figures.failures:,} of {figures.requests:,} requests, p99 {said}",
-            expected=f"at most {most_errors:.2%} failed and p99 <= {most_ms:g} ms",
-            fix="look into it with `eagleray evaluate` and `eagleray export --check`",
-        )

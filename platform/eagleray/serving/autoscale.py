@@ -129,7 +129,8 @@ def _up(replicas: int, pressure: float, why: str, state: State, config: Autoscal
 
 def _down(sample: Sample, state: State, config: AutoscaleConfig, slo: SloConfig, now_s: float) -> Decision:
     replicas = sample.replicas
-    is_idle = sample.ongoing <= 0 and sample.queue_delay_s <= 0
+    # Counts of requests are samples, which a short request falls between; an answer leaves a latency
+    is_idle = sample.ongoing <= 0 and sample.queue_delay_s <= 0 and sample.latency_p99_ms is None
     idle_since_s = (now_s if state.idle_since_s is None else state.idle_since_s) if is_idle else None
     if config.min_replicas == 0 and idle_since_s is not None and now_s - idle_since_s >= config.idle_after_s:
         return Decision(0, State(), f"idle for {now_s - idle_since_s:.0f} s")

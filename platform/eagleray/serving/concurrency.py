@@ -8,6 +8,7 @@ promised. Requests beyond it are refused before their body is read, which costs 
 The number rises by one each round while answers are fast and falls by a part when they are slow (additive increase,
 multiplicative decrease: Chiu and Jain 1989, as TCP and Netflix's concurrency-limits do). Slow is what is slower than
 promised, and than LEAST_FACTOR times the fastest answer: a model that takes longer than is promised is still served.
+After a stall, once answers are fast again, it goes back to where it began, whether it is used or not.
 
 Example:
     >>> limit = ConcurrencyLimit(target_s=0.075)
@@ -27,6 +28,7 @@ SMOOTHING = 0.1  # weight of one answer in the smoothed time: some 20 answers de
 DECREASE = 0.85
 LEAST_FACTOR = 3.0
 FORGET_PER_S = 0.01  # the fastest answer counts less by this share a second: a service may become slower for good
+FAST_SHARE, RECOVERY = 0.5, 0.25  # answers below half the target: so much is given back with each
 TARGET_SHARE = 0.75  # of what is promised for 99 of 100: the mean must be below it
 RETRY_S = 1.0
 
@@ -41,7 +43,8 @@ class ConcurrencyLimit:
 
     def __init__(self, target_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._target_s, self._clock = target_s, clock
-        self._limit, self._ongoing = min(MOST, max(LEAST, FIRST_PER_S * target_s)), 0
+        self._first = min(MOST, max(LEAST, FIRST_PER_S * target_s))
+        self._limit, self._ongoing = self._first, 0
         self._smoothed_s, self._fastest_s = 0.0, 0.0
         self._changed_s = self._seen_s = clock()
 
@@ -87,8 +90,11 @@ class ConcurrencyLimit:
         self._seen_s = now_s
         self._fastest_s = min(self._fastest_s * forgotten, seconds) if self._fastest_s else seconds
         self._smoothed_s += SMOOTHING * (seconds - self._smoothed_s)
-        if self._smoothed_s > max(self._target_s, LEAST_FACTOR * self._fastest_s):
+        slow_s = max(self._target_s, LEAST_FACTOR * self._fastest_s)
+        if self._smoothed_s > slow_s:
             if now_s - self._changed_s >= self._smoothed_s:  # once a round: its effect is seen a round later
                 self._limit, self._changed_s = max(LEAST, self._limit * DECREASE), now_s
         elif 2 * self._ongoing >= self._limit:  # what is not used says nothing of whether more would do
             self._limit = min(MOST, self._limit + 1 / self._limit)
+        if self._smoothed_s < FAST_SHARE * slow_s and self._limit < self._first:
+            self._limit = min(self._first, self._limit + RECOVERY)

@@ -187,14 +187,23 @@ class Gateway:
             Refusal: 503 when enough is on its way, and as ``_pass_on``.
         """
         self._concurrency.begin()
-        began, seconds = time.monotonic(), None
+        began_s, is_on_its_way = time.monotonic(), True
+
+        def end() -> None:
+            nonlocal is_on_its_way
+            if is_on_its_way:
+                is_on_its_way, spent_s = False, time.monotonic() - began_s
+                # A quick 503 says nothing of how long answers take
+                is_telling = 0 < outbound.status < 500 or spent_s > self._target_s
+                self._concurrency.end(spent_s if is_telling else None)
+
+        # With the last of the answer, not with the app's end: Serve's proxy has still to hear the end of the replica's
+        # stream then, and a client that asks again at once would find its own last request on its way
+        outbound.on_end = end
         try:
             await self._pass_on(visit, receive, outbound)
         finally:
-            spent = time.monotonic() - began
-            if 0 < outbound.status < 500 or spent > self._target_s:  # a quick 503 says nothing of how long answers take
-                seconds = spent
-            self._concurrency.end(seconds)
+            end()
 
     async def _pass_on(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
         """Gives the request to the app; again, once, when it ends without an answer."""

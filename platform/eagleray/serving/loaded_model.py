@@ -167,7 +167,7 @@ class LoadedModel:
                 self.batcher.times.learn(size, self._clock() - started)
 
     def tell(self, *, is_loaded: bool = True) -> None:
-        """Sets the model's gauges; once it is put away to 0, as a gauge stays exported as long as its process lives."""
+        """Sets the model's gauges; once it is put away to 0, until Ray drops a gauge that nobody tells."""
         card = self.card
         version, runtime, precision = card.version, card.runtime, card.precision
         self._meter.set(MODEL, float(is_loaded), model=self.name, version=version, runtime=runtime, precision=precision)

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 
-from eagleray.core.errors import EagleError
+from eagleray.core.errors import ArtifactError, EagleError
 from eagleray.serving import refusals
 from eagleray.serving.admission import refuse_late
 from eagleray.serving.batcher import Clock, Closed, DeadlinePassed
@@ -36,6 +36,32 @@ from eagleray.vision.bundle import ModelBundle, load_bundle
 
 LOG = logging.getLogger(__name__)
 RETRY_S = 10.0  # a model that cannot be loaded is tried again after this, not with every request that names it
+
+
+def pinned(config: ServingConfig) -> ServingConfig:
+    """A service with each model's digest in its entry: what is deployed stays what it was, whatever its folders hold.
+
+    Raises:
+        ArtifactError: A bundle does not hold, or is not the one that its entry names.
+    """
+    models = tuple(one.model_copy(update={"digest": bundle_of(one).model_digest}) for one in config.models)
+    return config.model_copy(update={"models": models})
+
+
+def bundle_of(entry: ModelEntry) -> ModelBundle:
+    """The bundle of an entry.
+
+    Raises:
+        ArtifactError: It does not hold, or is another model than the one that was deployed.
+    """
+    bundle = load_bundle(entry.bundle)
+    if entry.digest is not None and bundle.model_digest != entry.digest:
+        raise ArtifactError(
+            f"{entry.bundle} holds another model than the service {entry.name} was deployed with",
+            expected=f"model_digest {entry.digest[:16]}..., and it is {bundle.model_digest[:16]}...",
+            fix="put the model back, or give a new model a folder of its own and `eagleray rollout` it",
+        )
+    return bundle
 
 
 class ModelShelf:
@@ -61,7 +87,7 @@ class ModelShelf:
     ) -> None:
         self._config, self._meter, self._clock = config, meter or NullMeter(), clock
         self._entries = {entry.name: entry for entry in config.models}
-        self._bundles: dict[str, ModelBundle] = {name: load_bundle(one.bundle) for name, one in self._entries.items()}
+        self._bundles: dict[str, ModelBundle] = {name: bundle_of(one) for name, one in self._entries.items()}
         self._cards: dict[str, ModelCard] = {
             name: card_of(entry, self._bundles[name]) for name, entry in self._entries.items()
         }
@@ -165,7 +191,8 @@ class ModelShelf:
         return max((self._loaded[name].utilization() for name in names), default=0.0)
 
     def tell(self) -> None:
-        """Sets the gauges to what is now."""
+        """Sets the gauges to what is now; again with each health check, as Ray drops a gauge that is not told anew."""
+        self._meter.set(LOADED, float(len(self._loaded)))
         for model in self._loaded.values():
             model.tell()
 
@@ -245,7 +272,7 @@ class ModelShelf:
 
     async def _load(self, name: str) -> LoadedModel:
         async with self._one_load:
-            await asyncio.to_thread(load_bundle, self._entries[name].bundle)  # nobody makes room for a broken one
+            await asyncio.to_thread(bundle_of, self._entries[name])  # nobody makes room for a broken one
             while len(self._loaded) >= self._config.memory.max_loaded_models:
                 await self._evict(next(filter(self._may_go, self._loaded)))
             started = self._clock()

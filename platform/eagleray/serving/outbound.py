@@ -13,6 +13,7 @@ Example:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.types import Message, Send
 
@@ -45,6 +46,7 @@ class Outbound:
         self._send, self._path, self._is_https = send, path, is_https
         self._request_id = request_id.encode()
         self.status = 0  # until an answer has begun
+        self.on_end: Callable[[], None] | None = None  # told when all but the last of the answer is out
         self.closes = False  # whether the connection ends after the answer: the rest of the request's body is not read
         self.num_images = 1
         self.refusal: Refusal | None = None
@@ -57,6 +59,8 @@ class Outbound:
             if self.refusal is None:
                 await self._begin(status, headers)
         elif self.refusal is None:
+            if self.on_end is not None and not message.get("more_body", False):
+                self.on_end()
             await self._send(message)
 
     async def say(

@@ -48,6 +48,8 @@ class ModelEntry(Config):
     Attributes:
         name: Its name in URLs, scopes and metrics.
         bundle: The bundle's folder.
+        digest: The bundle's model_digest when the service was deployed: a replica that starts later refuses another
+            model in the same folder. None: whatever lies there.
         runtime: ``auto`` or a name of RUNTIMES.
         device: Where the engine runs.
         threads: Of one engine.
@@ -57,6 +59,7 @@ class ModelEntry(Config):
 
     name: Annotated[str, AfterValidator(_plain_name)]
     bundle: str = Field(min_length=1)
+    digest: str | None = Field(None, min_length=1)
     runtime: Annotated[str, AfterValidator(_known_runtime)] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, le=256)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # the listeners of Ray stay on this machine
 
 import picture_engine
 import ray
@@ -39,7 +40,7 @@ class Naive:
 
 if __name__ == "__main__":
     args = picture_engine.options()
-    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": args.port})
     serve.run(Naive.bind(args.engine, **args.settings))
     while True:
