@@ -265,6 +265,50 @@ def test_the_rest_of_a_body_that_nobody_reads_cannot_be_sent_for_ever(limits: Li
         server.stop()
 
 
+class Unlimited(GuardedProtocol):
+    """Is never told that a client does not read: as when what is unsent is less than a transport's limit."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=1 << 30)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("protocol", [GuardedProtocol, Unlimited])
+def test_a_client_that_never_reads_its_answers_is_cut(limits: LimitsConfig, monkeypatch, protocol, loop: str) -> None:
+    """uvicorn waits for it without end, and a close waits for what is unsent."""
+    monkeypatch.setattr(connections, "_limits", limits.model_copy(update={"body_timeout_s": 0.3}))
+    ended, piece = threading.Semaphore(0), b"x" * (1 << 20)
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        head = [(b"content-length", str(16 * len(piece)).encode()), (b"connection", b"close")]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            for left in reversed(range(16)):
+                await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
+        finally:
+            ended.release()
+
+    class Told(protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            ended.release()
+
+    server = Server(large, Told, loop)
+    try:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
+            for _ in range(2):
+                assert ended.acquire(timeout=20), "the app, or the connection, is held"
+        with server.connect() as client:  # one that reads has it all
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert len(read_all(client)) > 16 << 20
+    finally:
+        server.stop()
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A certificate of this machine, and its key."""

@@ -467,6 +467,30 @@ def test_an_answer_that_is_out_is_on_its_way_no_more(tmp_path: Path, keys) -> No
     asyncio.run(asyncio.wait_for(many(), 20))
 
 
+def test_a_client_that_does_not_read_its_answer_holds_no_place(tmp_path: Path, keys, app: App) -> None:
+    gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+
+    async def whole() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    async def full(message: dict[str, Any]) -> None:
+        await asyncio.Event().wait()  # the connection's buffer is full
+
+    async def many() -> Answer:
+        headers = [(b"authorization", f"Bearer {keys['all']}".encode()), (b"content-length", b"1")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": headers, "state": {}}
+        held = [asyncio.ensure_future(gateway(dict(scope), whole, full)) for _ in range(200)]
+        while len(app.seen) < 64:
+            await asyncio.sleep(0)
+        quick = await Client(gateway).asked("POST", "/v1/predict", headers=key(keys["all"]), chunks=[b"x"])
+        for one in held:
+            one.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        return quick
+
+    assert asyncio.run(asyncio.wait_for(many(), 20)).status == 200
+
+
 def test_a_slow_upload_holds_no_place(tmp_path: Path, keys, app: App) -> None:
     gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
     headers = key(keys["all"], ("content-length", "9"))

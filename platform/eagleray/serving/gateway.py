@@ -197,9 +197,9 @@ class Gateway:
                 is_telling = 0 < outbound.status < 500 or spent_s > self._target_s
                 self._concurrency.end(spent_s if is_telling else None)
 
-        # With the last of the answer, not with the app's end: Serve's proxy has still to hear the end of the replica's
-        # stream then, and a client that asks again at once would find its own last request on its way
-        outbound.on_end = end
+        # With the answer, not with the app's end: Serve's proxy has still to hear the end of the replica's stream then,
+        # and a client that asks again at once would find its own last request on its way, one that reads slowly hold it
+        outbound.on_answer = end
         try:
             await self._pass_on(visit, receive, outbound)
         finally:
