@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from eagleray.core.config import load
-from eagleray.core.errors import ConfigError, KpiNotMet
+from eagleray.core.errors import ClusterError, ConfigError, KpiNotMet
 from eagleray.flows import rollout, rollout_checks
 from eagleray.flows.rollout import RolloutConfig
 from eagleray.flows.scale_policy import ScalePolicy
@@ -74,6 +74,88 @@ def test_where_no_service_runs_it_says_how_to_start_one(tmp_path: Path, monkeypa
         rollout._address(config())
     assert rollout._address(config(address="10.0.0.1:6379")) == "10.0.0.1:6379"
     assert os.environ.get("RAY_ADDRESS") is None
+
+
+class Clock:
+    """Time that passes only while something sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Service:
+    """Serve and its replicas as a rollout sees them: one look a second, and the last one for ever.
+
+    Args:
+        looks: Each a state, the replicas that there are, and whether those that answer are all new.
+    """
+
+    def __init__(self, *looks: tuple[str, int, bool], figures: Figures | None = None) -> None:
+        self.looks, self.seen = list(looks), 0
+        self.figures, self.clock = figures or Figures(0, 0, 0, None), Clock()
+
+    def application(self) -> Any:
+        state, count, _ = self._look()
+        replicas = SimpleNamespace(replica_states={"RUNNING": count} if count else {}, message="first\nNo room")
+        return SimpleNamespace(status=SimpleNamespace(value=state), deployments={"models": replicas})
+
+    def asked(self, generation: str, handle: Any, *, since_s: float) -> tuple[Figures, bool]:
+        self.seen += 1
+        return self.figures, self._look()[2]
+
+    def _look(self) -> tuple[str, int, bool]:
+        return self.looks[min(self.seen, len(self.looks)) - 1]
+
+
+def watch(service: Service, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Figures:
+    stand_in(service, monkeypatch)
+    status = rollout.StatusLine("rollout", is_quiet=True)
+    return rollout._watch("new", SLO, config(watch_s=2, timeout_s=10, **given), None, status)
+
+
+def stand_in(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "time", service.clock)
+    monkeypatch.setattr(rollout, "_figures", service.asked)
+    monkeypatch.setattr(rollout, "_application", service.application)
+
+
+def test_new_replicas_are_watched_from_when_they_serve_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(("DEPLOYING", 2, False), ("RUNNING", 2, False), ("RUNNING", 1, True))
+    watch(service, monkeypatch)
+    assert service.clock.now == 104.0  # 2 s until they were alone, and watch_s
+
+
+@pytest.mark.parametrize("state", ["DEPLOYING", "RUNNING"])
+def test_replicas_that_never_serve_alone_end_the_wait(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoscaled service is RUNNING all the while; seen as a command that did not end."""
+    with pytest.raises(ClusterError, match=f"alone within 10 s; the service is {state.lower()}"):
+        watch(Service((state, 2, False)), monkeypatch)
+    service = Service((state, 2, False))
+    stand_in(service, monkeypatch)
+    with pytest.raises(ClusterError, match="alone within 10 s"):
+        rollout._await("old", config(timeout_s=10), None, rollout.StatusLine("rollout", is_quiet=True))
+
+
+def test_a_service_of_no_replicas_has_none_of_the_old_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled to zero it answers nobody's question, and is done."""
+    service = Service(("RUNNING", 0, False))
+    watch(service, monkeypatch)
+    assert service.clock.now == 102.0
+    rollout._await("old", config(), None, rollout.StatusLine("rollout", is_quiet=True))
+
+
+def test_a_long_watch_is_no_long_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(("RUNNING", 1, True), ("RUNNING", 1, True), ("RUNNING", 1, False))
+    stand_in(service, monkeypatch)
+    status = rollout.StatusLine("rollout", is_quiet=True)
+    rollout._watch("new", SLO, config(watch_s=30, timeout_s=10), None, status)
+    assert service.clock.now == 130.0
 
 
 def context(**given: Any) -> Any:

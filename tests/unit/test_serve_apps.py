@@ -26,6 +26,18 @@ deployment = made._bound_deployment
 options = deployment._deployment_config
 print(application.name, deployment.name, options.max_ongoing_requests, options.max_surge_percent,
       options.autoscaling_config.max_replicas, deployment.ray_actor_options["num_cpus"])
+# A service that has grown to 5 replicas is deployed as it is, and as an update
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.common import DeploymentID
+from types import SimpleNamespace
+from eagleray.core.config import load
+from eagleray.flows.deployment import build as service
+from eagleray.flows.serve import ServeConfig, to_serving
+for generation in ("", "abc"):
+    config = to_serving(load(ServeConfig, overrides=application.args))
+    options = service(config, generation=generation)._bound_deployment._deployment_config
+    info = SimpleNamespace(deployment_config=options, target_capacity=None, target_capacity_direction=None)
+    print(DeploymentAutoscalingState(DeploymentID("models", "eagleray")).register(info, 5))
 """
 
 
@@ -47,7 +59,7 @@ def test_serve_reads_the_file_and_builds_the_app() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["eagleray", "models", "256", "25", "8", "2.0"]
+    assert done.stdout.split() == ["eagleray", "models", "256", "25", "8", "2.0", "2", "5"]
 
 
 def test_the_builder_says_its_type_where_serve_looks_for_it() -> None:

@@ -171,7 +171,7 @@ def build(config: ServingConfig, *, generation: str = "") -> Any:
 
     Args:
         config: Checked already: what does not fit together is refused before anything starts.
-        generation: Names this deployment among those of an update.
+        generation: Names this deployment among those of an update; with one there are as many replicas as before.
 
     Returns:
         An Application for ``serve.run`` or a builder.
@@ -180,11 +180,17 @@ def build(config: ServingConfig, *, generation: str = "") -> Any:
 
     settings = config.model_dump(mode="json")
     kind = serve.ingress()(routed(Replica, config))
-    return serve.deployment(name=DEPLOYMENT, **options(config))(kind).bind(settings, generation)
+    deployed = serve.deployment(name=DEPLOYMENT, **options(config, is_update=bool(generation)))(kind)
+    return deployed.bind(settings, generation)
 
 
-def options(config: ServingConfig) -> dict[str, Any]:
-    """The deployment's options."""
+def options(config: ServingConfig, *, is_update: bool = False) -> dict[str, Any]:
+    """The deployment's options.
+
+    Args:
+        config: The service.
+        is_update: It runs already.
+    """
     return {
         "max_ongoing_requests": config.limits.max_ongoing_requests,
         # Serve knows no queue of length 0; its shortest is one request
@@ -199,7 +205,7 @@ def options(config: ServingConfig) -> dict[str, Any]:
         "max_surge_percent": int(100 * UPDATE_SHARE),
         "logging_config": log_settings(),
         "ray_actor_options": {"num_cpus": config.memory.cpus, "num_gpus": config.memory.gpus},
-        **_replicas(config),
+        **_replicas(config, is_update=is_update),
     }
 
 
@@ -218,7 +224,7 @@ def log_settings() -> dict[str, Any]:
     return {"encoding": "JSON", "enable_access_log": False, "log_level": "WARNING"}
 
 
-def _replicas(config: ServingConfig) -> Mapping[str, Any]:
+def _replicas(config: ServingConfig, *, is_update: bool) -> Mapping[str, Any]:
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     scale = config.autoscale
@@ -233,7 +239,8 @@ def _replicas(config: ServingConfig) -> Mapping[str, Any]:
         scaling = AutoscalingConfig(
             min_replicas=scale.min_replicas,
             max_replicas=scale.max_replicas,
-            initial_replicas=max(1, scale.min_replicas),
+            # Serve takes it at every deployment, and stops what the load has brought; without it it keeps its target
+            initial_replicas=None if is_update else max(1, scale.min_replicas),
             upscale_delay_s=0.0,
             downscale_delay_s=0.0,
             look_back_period_s=LOOK_BACK_S,

@@ -238,7 +238,7 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
 
     Raises:
         KpiNotMet: They fail or are slow.
-        ClusterError: They do not start.
+        ClusterError: They do not start, or not in time.
     """
     began = time.monotonic()
     alone_since: float | None = None
@@ -246,7 +246,7 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
         figures, is_alone = _figures(generation, handle, since_s=time.monotonic() - began)
         refuse_figures(figures, slo, config)
         now = time.monotonic()
-        if alone_since is None and _is_running(config, began) and is_alone:
+        if alone_since is None and _is_done(is_alone, config, began):
             alone_since = now
         if alone_since is not None and now - alone_since >= config.watch_s:
             return figures
@@ -257,40 +257,59 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
 
 
 def _await(generation: str, config: RolloutConfig, handle: Any, status: StatusLine) -> None:
-    """Waits until a deployment serves alone."""
+    """Waits until a deployment serves alone.
+
+    Raises:
+        ClusterError: It does not, or not in time.
+    """
     began = time.monotonic()
-    while not (_is_running(config, began) and _figures(generation, handle, since_s=0.0)[1]):
+    while not _is_done(_figures(generation, handle, since_s=0.0)[1], config, began):
         status.show("waiting until the old model serves alone")
         time.sleep(POLL_S)
 
 
-def _is_running(config: RolloutConfig, began: float) -> bool:
-    """Whether every replica is of the newest deployment and runs.
+def _is_done(is_alone: bool, config: RolloutConfig, began: float) -> bool:
+    """Whether every replica is of the newest deployment and runs; a service of no replicas has none of another.
+
+    Args:
+        is_alone: Whether those that answer are of the newest deployment.
+        config: How long it may take.
+        began: Since when it takes.
 
     Raises:
         ClusterError: The replicas do not start, or take longer than they may.
     """
-    from ray import serve
-
-    from eagleray.flows.deployment import APP
-
-    application = _asked(serve.status).applications.get(APP)
+    application = _application()
     state = "gone" if application is None else str(application.status.value)
-    if state == "RUNNING":
-        return True
     if state in ("DEPLOY_FAILED", "gone"):
         raise ClusterError(
             f"the new replicas did not start: {_last_line(application)}",
             expected="replicas that load the bundle and stay",
             fix="try it with `eagleray predict`; look at `serve status`",
         )
+    if state == "RUNNING" and (is_alone or not _count(application)):
+        return True
     if time.monotonic() - began > config.timeout_s:
         raise ClusterError(
-            f"the new replicas did not serve within {config.timeout_s:g} s; the service is {state.lower()}",
+            f"the new replicas did not serve alone within {config.timeout_s:g} s; the service is {state.lower()}",
             expected="room for a new replica beside the old ones",
             fix="free CPUs, GPUs or memory, or raise timeout_s",
         )
     return False
+
+
+def _application() -> Any:
+    """What Serve says of the service; None where it is gone."""
+    from ray import serve
+
+    from eagleray.flows.deployment import APP
+
+    return _asked(serve.status).applications.get(APP)
+
+
+def _count(application: Any) -> int:
+    """Its replicas, those that start or stop among them."""
+    return sum(sum(one.replica_states.values()) for one in application.deployments.values())
 
 
 def _last_line(application: Any) -> str:
