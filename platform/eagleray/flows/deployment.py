@@ -65,7 +65,7 @@ class Replica:
         self._config, self._generation = load(ServingConfig, overrides=settings), generation
         self._meter = RayMeter()
         self.shelf = ModelShelf(self._config, meter=self._meter)
-        self._window, self._illness = RequestWindow(), ""
+        self._window, self._illness = RequestWindow(late_s=self._config.slo.latency_p99_ms / 1000), ""
         await self.shelf.start()
         self._watch = asyncio.get_running_loop().create_task(self._watch_health())
 
