@@ -102,6 +102,8 @@ class Service:
 
     def application(self) -> Any:
         state, count, _ = self._look()
+        if state == "gone":
+            return None
         replicas = SimpleNamespace(replica_states={"RUNNING": count} if count else {}, message="first\nNo room")
         return SimpleNamespace(status=SimpleNamespace(value=state), deployments={"models": replicas})
 
@@ -140,6 +142,25 @@ def test_replicas_that_never_serve_alone_end_the_wait(state: str, monkeypatch: p
     stand_in(service, monkeypatch)
     with pytest.raises(ClusterError, match="alone within 10 s"):
         rollout._await("old", config(timeout_s=10), None, rollout.StatusLine("rollout", is_quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("state", "error"), [("UNHEALTHY", KpiNotMet), ("DEPLOY_FAILED", ClusterError), ("gone", ClusterError)]
+)
+def test_a_replica_that_dies_while_it_is_watched_is_noticed(
+    state: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its figures die with it: what is left to see is Serve's word, which was asked no more once they served alone."""
+    with pytest.raises(error, match="No room" if state != "gone" else "no reason"):
+        watch(Service(("RUNNING", 1, True), (state, 1, False), ("RUNNING", 1, True)), monkeypatch)
+
+
+def test_an_old_model_that_is_ill_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way back Serve replaces its replicas; there is nothing else to go back to."""
+    service = Service(("UNHEALTHY", 1, False), ("RUNNING", 1, True))
+    stand_in(service, monkeypatch)
+    rollout._await("old", config(), None, rollout.StatusLine("rollout", is_quiet=True))
+    assert service.clock.now == 101.0
 
 
 def test_a_service_of_no_replicas_has_none_of_the_old_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from pydantic import Field
 from eagleray.core.config import Config, load
 from eagleray.core.errors import ClusterError, ConfigError, EagleError
 from eagleray.core.progress import StatusLine
-from eagleray.flows.rollout_checks import check_probes, refuse_figures, refuse_labels
+from eagleray.flows.rollout_checks import check_probes, refuse_failed, refuse_figures, refuse_ill, refuse_labels
 from eagleray.flows.runtime import cluster, first_fault, resolve_address
 from eagleray.serving.settings import ModelEntry, ServingConfig, SloConfig
 from eagleray.serving.window import Figures, together
@@ -237,7 +237,7 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
     """Watches the new replicas until they have served alone for watch_s.
 
     Raises:
-        KpiNotMet: They fail or are slow.
+        KpiNotMet: They fail or are slow, or one of them died or turned ill: what it had answered went with it.
         ClusterError: They do not start, or not in time.
     """
     began = time.monotonic()
@@ -245,8 +245,10 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
     while True:
         figures, is_alone = _figures(generation, handle, since_s=time.monotonic() - began)
         refuse_figures(figures, slo, config)
+        application = _application()
+        refuse_ill(application)
         now = time.monotonic()
-        if alone_since is None and _is_done(is_alone, config, began):
+        if alone_since is None and _is_done(is_alone, application, config, began):
             alone_since = now
         if alone_since is not None and now - alone_since >= config.watch_s:
             return figures
@@ -263,30 +265,24 @@ def _await(generation: str, config: RolloutConfig, handle: Any, status: StatusLi
         ClusterError: It does not, or not in time.
     """
     began = time.monotonic()
-    while not _is_done(_figures(generation, handle, since_s=0.0)[1], config, began):
+    while not _is_done(_figures(generation, handle, since_s=0.0)[1], _application(), config, began):
         status.show("waiting until the old model serves alone")
         time.sleep(POLL_S)
 
 
-def _is_done(is_alone: bool, config: RolloutConfig, began: float) -> bool:
+def _is_done(is_alone: bool, application: Any, config: RolloutConfig, began: float) -> bool:
     """Whether every replica is of the newest deployment and runs; a service of no replicas has none of another.
 
     Args:
         is_alone: Whether those that answer are of the newest deployment.
+        application: What Serve says of the service.
         config: How long it may take.
         began: Since when it takes.
 
     Raises:
         ClusterError: The replicas do not start, or take longer than they may.
     """
-    application = _application()
-    state = "gone" if application is None else str(application.status.value)
-    if state in ("DEPLOY_FAILED", "gone"):
-        raise ClusterError(
-            f"the new replicas did not start: {_last_line(application)}",
-            expected="replicas that load the bundle and stay",
-            fix="try it with `eagleray predict`; look at `serve status`",
-        )
+    state = refuse_failed(application)
     if state == "RUNNING" and (is_alone or not _count(application)):
         return True
     if time.monotonic() - began > config.timeout_s:
@@ -310,12 +306,6 @@ def _application() -> Any:
 def _count(application: Any) -> int:
     """Its replicas, those that start or stop among them."""
     return sum(sum(one.replica_states.values()) for one in application.deployments.values())
-
-
-def _last_line(application: Any) -> str:
-    messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    lines = [line for text in messages for line in str(text).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no reason is given"
 
 
 def _figures(generation: str, handle: Any, *, since_s: float) -> tuple[Figures, bool]:

@@ -110,3 +110,49 @@ def refuse_figures(figures: Figures, slo: SloConfig, config: RolloutConfig) -> N
             expected=f"at most {most_errors:.2%} failed and p99 <= {most_ms:g} ms",
             fix="look into it with `eagleray evaluate` and `eagleray export --check`",
         )
+
+
+def refuse_failed(application: Any) -> str:
+    """Holds a deployment to its start.
+
+    Args:
+        application: Serve's status of it; None where it is gone.
+
+    Returns:
+        The state, in Serve's word.
+
+    Raises:
+        ClusterError: Its replicas do not start, or somebody has deleted it.
+    """
+    state = "gone" if application is None else str(application.status.value)
+    if state in ("DEPLOY_FAILED", "gone"):
+        raise ClusterError(
+            f"the new replicas did not start: {_last_line(application)}",
+            expected="replicas that load the bundle and stay",
+            fix="try it with `eagleray predict`; look at `serve status`",
+        )
+    return state
+
+
+def refuse_ill(application: Any) -> None:
+    """Holds the new replicas to their health, which Serve tells of the newest deployment alone.
+
+    Args:
+        application: As for refuse_failed.
+
+    Raises:
+        KpiNotMet: One died, or its canary failed: its requests failed with it, and its figures are gone.
+        ClusterError: As refuse_failed says.
+    """
+    if refuse_failed(application) == "UNHEALTHY":
+        raise KpiNotMet(
+            f"a new replica died or turned ill: {_last_line(application)}",
+            expected="replicas that stay well while they are watched",
+            fix="look into its log by `serve status` and Ray's dashboard; try the bundle with `eagleray predict`",
+        )
+
+
+def _last_line(application: Any) -> str:
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    lines = [line for text in messages for line in str(text).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no reason is given"
