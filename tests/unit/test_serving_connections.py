@@ -277,7 +277,6 @@ class Unlimited(GuardedProtocol):
 @pytest.mark.parametrize("protocol", [GuardedProtocol, Unlimited])
 def test_a_client_that_never_reads_its_answers_is_cut(limits: LimitsConfig, monkeypatch, protocol, loop: str) -> None:
     """uvicorn waits for it without end, and a close waits for what is unsent."""
-    monkeypatch.setattr(connections, "_limits", limits.model_copy(update={"body_timeout_s": 0.3}))
     ended, piece = threading.Semaphore(0), b"x" * (1 << 20)
 
     async def large(scope: Any, receive: Any, send: Any) -> None:
@@ -296,15 +295,18 @@ def test_a_client_that_never_reads_its_answers_is_cut(limits: LimitsConfig, monk
 
     server = Server(large, Told, loop)
     try:
+        with server.connect() as client:  # one that reads has it all
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert len(read_all(client)) > 16 << 20
+        assert ended.acquire(timeout=20)
+        assert ended.acquire(timeout=20)
+        monkeypatch.setattr(connections, "_limits", limits.model_copy(update={"body_timeout_s": 0.3}))
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", server.port))
             client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
             for _ in range(2):
                 assert ended.acquire(timeout=20), "the app, or the connection, is held"
-        with server.connect() as client:  # one that reads has it all
-            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert len(read_all(client)) > 16 << 20
     finally:
         server.stop()
 

@@ -337,7 +337,7 @@ def test_all_bodies_together_have_a_budget(tmp_path: Path, keys, app: App) -> No
         tmp_path, limits={"max_body_bytes": 1 << 20, "max_buffered_bytes": 1 << 20, "body_timeout_s": 5}
     )
     gateway = Gateway(app, config=config, keys=KeyFile(tmp_path / "keys.json"))
-    headers = key(keys["all"], ("content-length", "700000"))
+    headers = key(keys["all"], ("content-length", "700001"))
 
     async def two() -> tuple[Answer, Answer, Answer]:
         hold = asyncio.Event()
@@ -347,18 +347,60 @@ def test_all_bodies_together_have_a_budget(tmp_path: Path, keys, app: App) -> No
             return {"type": "http.disconnect"}
 
         first = asyncio.ensure_future(
-            Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x", held])
+            Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_000, held])
         )
         await asyncio.sleep(0)
-        second = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_000])
+        second = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_001])
         hold.set()
         gone = await first
-        third = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_000])
+        third = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_001])
         return gone, second, third
 
     first, second, third = asyncio.run(two())
     assert (first.status, second.status, third.status) == (0, 503, 200)
     assert second.header("retry-after") == "1"
+
+
+def uploads_beside(gateway: Gateway, held: list[tuple[str, bytes]], who: str, size: int) -> Answer:
+    """One upload while others, of 1 MiB each as they say, have sent some bytes and no more."""
+
+    async def run() -> Answer:
+        hold = asyncio.Event()
+
+        async def wait() -> dict[str, Any]:
+            await hold.wait()
+            return {"type": "http.disconnect"}
+
+        begun = [
+            asyncio.ensure_future(
+                Client(gateway).asked(
+                    "POST", "/v1/predict", headers=key(whose, ("content-length", str(1 << 20))), chunks=[sent, wait]
+                )
+            )
+            for whose, sent in held
+        ]
+        await asyncio.sleep(0)
+        answer = await Client(gateway).asked("POST", "/v1/predict", headers=key(who), chunks=[b"x" * size])
+        hold.set()
+        await asyncio.gather(*begun)
+        return answer
+
+    return asyncio.run(run())
+
+
+def test_a_body_that_is_announced_and_does_not_come_takes_nothing(tmp_path: Path, keys, app: App) -> None:
+    limits = {"max_body_bytes": 1 << 20, "max_buffered_bytes": 4 << 20, "body_timeout_s": 5}
+    gateway = Gateway(app, config=configured(tmp_path, limits=limits), keys=KeyFile(tmp_path / "keys.json"))
+    assert uploads_beside(gateway, [(keys["all"], b"x")] * 32, keys["all"], 1_000_000).status == 200
+
+
+def test_one_tenants_uploads_leave_room_for_those_of_others(tmp_path: Path, keys, app: App) -> None:
+    limits = {"max_body_bytes": 1 << 20, "max_buffered_bytes": 8 << 20, "body_timeout_s": 5}
+    gateway = Gateway(app, config=configured(tmp_path, limits=limits), keys=KeyFile(tmp_path / "keys.json"))
+    held = [(keys["all"], b"x" * 1_000_000)] * 32
+    answer = uploads_beside(gateway, held, keys["all"], 1_000_000)
+    assert (answer.status, answer.json["code"]) == (503, "overloaded")
+    assert uploads_beside(gateway, held, keys["slow"], 1_000_000).status == 200
 
 
 def test_a_tenant_over_its_rate_is_told_when_to_ask_again(client: Client, keys, app: App) -> None:

@@ -65,6 +65,7 @@ MULTIPLEXED = b"serve_multiplexed_model_id"  # Serve's router prefers a replica 
 TIMEOUT_SLACK_S = 1.0  # the app answers a passed deadline itself; Serve's timeout is for a replica that hangs
 LINGER_S = 0.5  # a refused upload's connection is closed so much later: a client that still sends can read the answer
 TRIES = 2
+TENANT_SHARE = 0.25  # of the bytes that all bodies may hold
 
 
 class Gateway:
@@ -98,7 +99,9 @@ class Gateway:
         self._watch = watch or Watch()
         limits = config.limits
         self._limits = BodyLimits(limits.max_body_bytes, limits.body_timeout_s)
-        self._budget = Budget(limits.max_buffered_bytes)
+        # One tenant's uploads leave room for those of others; without keys there is one
+        share = max(limits.max_body_bytes, int(TENANT_SHARE * limits.max_buffered_bytes)) if self._keys else None
+        self._budget = Budget(limits.max_buffered_bytes, share)
         self._target_s = TARGET_SHARE * config.max_queue_s
         self._concurrency = ConcurrencyLimit(self._target_s)
         self._models = tuple(entry.name for entry in config.models)
@@ -148,6 +151,7 @@ class Gateway:
         visit.declared = declared_size(headers)
         if not target.is_open:
             self._identify(visit, headers)
+            visit.body.tenant = visit.tenant
             self._authorize(visit)
         if target.types and visit.declared != 0 and not target.takes(first(headers, b"content-type").decode("latin-1")):
             raise unsupported_media_type(target.types)
