@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from eagleray.serving.access import KeyFile, KeyRequest, create_key
+from eagleray.serving.concurrency import ConcurrencyLimit
 from eagleray.serving.gateway import Gateway
 from eagleray.serving.passport import Passport, passport_of
 from eagleray.serving.refusals import KINDS, Refusal, to_answer
@@ -480,6 +481,19 @@ def test_more_on_its_way_than_can_be_answered_in_time_is_refused_before_its_body
     assert set(statuses) == {200, 503}
     assert 60 <= statuses.count(200) <= 70
     assert taken == 0
+
+
+def test_what_is_on_its_way_is_judged_by_the_time_of_an_image(tmp_path: Path, keys, app: App, monkeypatch) -> None:
+    told = []
+
+    def end(self: ConcurrencyLimit, seconds: float | None, *, images: int = 1) -> None:
+        told.append(images)
+
+    monkeypatch.setattr(ConcurrencyLimit, "end", end)
+    app.images = 32
+    gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+    Client(gateway).ask("POST", "/v1/predict", headers=key(keys["all"]), chunks=[b"x"])
+    assert told == [32]
 
 
 def test_an_answer_that_is_out_is_on_its_way_no_more(tmp_path: Path, keys) -> None:

@@ -199,7 +199,7 @@ class Gateway:
                 is_on_its_way, spent_s = False, time.monotonic() - began_s
                 # A quick 503 says nothing of how long answers take
                 is_telling = 0 < outbound.status < 500 or spent_s > self._target_s
-                self._concurrency.end(spent_s if is_telling else None)
+                self._concurrency.end(spent_s if is_telling else None, images=outbound.num_images)
 
         # With the answer, not with the app's end: Serve's proxy has still to hear the end of the replica's stream then,
         # and a client that asks again at once would find its own last request on its way, one that reads slowly hold it
