@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +163,36 @@ def test_an_old_model_that_is_ill_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     stand_in(service, monkeypatch)
     rollout._await("old", config(), None, rollout.StatusLine("rollout", is_quiet=True))
     assert service.clock.now == 101.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_command_that_is_stopped_takes_the_model_back(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the new model serves, and nobody has judged it."""
+    before = signal.getsignal(number)
+    deployed = put_in(lambda: os.kill(os.getpid(), number), KeyboardInterrupt, monkeypatch)
+    assert deployed == ["new", "old"]
+    assert signal.getsignal(number) is before
+
+
+def test_a_terminal_that_is_gone_takes_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that cannot be written may come before the signal."""
+
+    def gone() -> None:
+        raise OSError(5, "Input/output error")
+
+    assert put_in(gone, OSError, monkeypatch) == ["new", "old"]
+
+
+def put_in(during: Callable[[], None], error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is deployed when something happens while the new replicas are watched."""
+    service, deployed, status = Service(("RUNNING", 1, True)), [], rollout.StatusLine("rollout", is_quiet=True)
+    stand_in(service, monkeypatch)
+    monkeypatch.setattr(rollout, "_deploy", lambda what: deployed.append(what.name))
+    monkeypatch.setattr(status, "show", lambda _: during())
+    old, new = SimpleNamespace(name="old"), SimpleNamespace(name="new", slo=SLO)
+    with pytest.raises(error):
+        rollout._put_in(rollout.Change(old=old, new=new, parity={}), config(), None, status)  # type: ignore[arg-type]
+    return deployed
 
 
 def test_a_service_of_no_replicas_has_none_of_the_old_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ In this order, and each step may end it with the service as it was:
 3. Serve starts replicas with it beside the old ones and stops an old one only when a new one is warm; replicas that do
    not start leave the old ones serving;
 4. while that goes on and for a while after, the new replicas' failures and p99 are held against the SLO; beyond it, the
-   old model is put back the same way and the command ends with exit code 6.
+   old model is put back the same way and the command ends with exit code 6. So it is when the command is stopped.
 
 Example:
     >>> run(RolloutConfig(model="lite0=bundles/lite0-int8", port=8000))["rolled_back"]
@@ -16,11 +16,14 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,16 +208,41 @@ def _put_in(change: Change, config: RolloutConfig, handle: Any, status: StatusLi
 
     Raises:
         KpiNotMet, ClusterError: As run says; the old settings are deployed again.
+        KeyboardInterrupt: Of Ctrl-C, SIGTERM or a closed terminal; likewise.
     """
+    with _ends_as_ctrl_c():
+        try:
+            return _watch(_deploy(change.new), change.new.slo, config, handle, status)
+        except BaseException as error:  # whatever it is, nobody judges the new model any more
+            back = _deploy(change.old)  # before a word: the terminal may be gone
+            with contextlib.suppress(OSError):
+                status.note(f"taking it back: {error.seen if isinstance(error, EagleError) else 'stopped'}")
+                _await(back, config, handle, status)
+            if not isinstance(error, EagleError):
+                raise
+            seen = f"{error.seen}; the old model serves again"
+            raise type(error)(seen, expected=error.expected, fix=error.fix) from error
+
+
+@contextlib.contextmanager
+def _ends_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM and a closed terminal are Ctrl-C; the ones after the first are not heard, as the way back has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def end(number: int, frame: object) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    saved = {one: signal.signal(one, end) for one in numbers if signal.getsignal(one) is not signal.SIG_IGN}  # nohup
     try:
-        return _watch(_deploy(change.new), change.new.slo, config, handle, status)
-    except (EagleError, KeyboardInterrupt) as error:
-        status.note(f"taking it back: {error.seen if isinstance(error, EagleError) else 'stopped by Ctrl-C'}")
-        _await(_deploy(change.old), config, handle, status)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        seen = f"{error.seen}; the old model serves again"
-        raise type(error)(seen, expected=error.expected, fix=error.fix) from error
+        yield
+    finally:
+        for one, handler in saved.items():
+            signal.signal(one, handler)
 
 
 def _deploy(config: ServingConfig) -> str:
