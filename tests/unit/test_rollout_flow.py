@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,17 @@ from typing import Any
 
 import pytest
 from eagleray.core.config import load
-from eagleray.core.errors import ClusterError, ConfigError, KpiNotMet
+from eagleray.core.errors import ArtifactError, ClusterError, ConfigError, KpiNotMet
 from eagleray.flows import rollout, rollout_checks
 from eagleray.flows.rollout import RolloutConfig
 from eagleray.flows.scale_policy import ScalePolicy
-from eagleray.serving.settings import AutoscaleConfig, SloConfig
+from eagleray.flows.serve import ServeConfig, to_serving
+from eagleray.serving.models import pinned
+from eagleray.serving.settings import AutoscaleConfig, ServingConfig, SloConfig
 from eagleray.serving.window import Figures
 from eagleray.vision.bundle import load_bundle
+
+from tests.tiny_model import make_bundle
 
 SLO = SloConfig(latency_p99_ms=100, availability=0.99)
 
@@ -76,6 +82,72 @@ def test_where_no_service_runs_it_says_how_to_start_one(tmp_path: Path, monkeypa
         rollout._address(config())
     assert rollout._address(config(address="10.0.0.1:6379")) == "10.0.0.1:6379"
     assert os.environ.get("RAY_ADDRESS") is None
+
+
+def roll_out(service: ServingConfig, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
+    """What a rollout of ``tiny`` says, and the change that it would make."""
+    said = SimpleNamespace(result=lambda timeout_s: service.model_dump(mode="json"))
+    changes: list[Any] = []
+    monkeypatch.setattr(rollout, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(rollout, "_address", lambda _: "here")
+    monkeypatch.setattr(rollout, "_asked", lambda ask: ask())
+    handle = SimpleNamespace(settings=SimpleNamespace(remote=lambda: said))
+    monkeypatch.setattr(rollout, "_handle", lambda _: handle)
+    monkeypatch.setattr(rollout, "check_probes", lambda entry, _: {"entry": entry})
+    monkeypatch.setattr(rollout, "_put_in", lambda change, *_: changes.append(change) or SimpleNamespace(to_json=dict))
+    return rollout.run(config(model=f"tiny={bundle}"), is_quiet=True), changes
+
+
+def serves(*bundles: Path) -> ServingConfig:
+    """A service of ``tiny`` and others, as `eagleray serve` deploys it."""
+    given = [f"{name}={bundle}" for name, bundle in zip(("tiny", "other"), bundles, strict=False)]
+    return pinned(to_serving(load(ServeConfig, overrides={"model": given, "auth": "none"})))
+
+
+def test_the_new_model_is_pinned_to_its_digest(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = serves(tiny_model, tiny_model), make_bundle(tmp_path / "new", seed=8)
+    said, (change,) = roll_out(old, new, monkeypatch)
+    digests = [load_bundle(new).model_digest, load_bundle(tiny_model).model_digest]
+    assert (said["is_new"], said["digest"], said["previous"]) == (True, *digests)
+    assert change.old == old
+    assert [entry.digest for entry in change.new.models] == digests
+    assert change.parity["entry"] == change.new.models[0]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_without_a_way_back_nothing_is_changed(
+    which: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The running model's folder was written over: what was put back would have been the new model again."""
+    folders = [shutil.copytree(tiny_model, tmp_path / name) for name in ("tiny", "other")]
+    service = serves(*folders)
+    new = make_bundle(tmp_path / "new", seed=8)
+    shutil.rmtree(folders[which])
+    shutil.copytree(new, folders[which])
+    for bundle in (new, folders[which]):  # in a folder of its own, and in the one that was written over
+        with pytest.raises(ArtifactError, match="holds another model than the service"):
+            roll_out(service, bundle, monkeypatch)
+    shutil.rmtree(folders[which])
+    with pytest.raises(ArtifactError):
+        roll_out(service, new, monkeypatch)
+
+
+def test_the_same_model_is_nothing_to_do(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = shutil.copytree(tiny_model, tmp_path / "copy")
+    said, changes = roll_out(serves(tiny_model), elsewhere, monkeypatch)
+    assert (said["is_new"], changes) == (False, [])
+
+
+def test_a_service_that_does_not_say_what_it_runs_takes_the_model(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder may have been written over since: the same digest there proves nothing."""
+    service = serves(tiny_model)
+    entry = service.models[0].model_copy(update={"digest": None})
+    said, changes = roll_out(service.model_copy(update={"models": (entry,)}), tiny_model, monkeypatch)
+    assert (said["is_new"], len(changes)) == (True, 1)
 
 
 class Clock:

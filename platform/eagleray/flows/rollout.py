@@ -33,8 +33,16 @@ from pydantic import Field
 from eagleray.core.config import Config, load
 from eagleray.core.errors import ClusterError, ConfigError, EagleError
 from eagleray.core.progress import StatusLine
-from eagleray.flows.rollout_checks import check_probes, refuse_failed, refuse_figures, refuse_ill, refuse_labels
+from eagleray.flows.rollout_checks import (
+    check_probes,
+    refuse_failed,
+    refuse_figures,
+    refuse_ill,
+    refuse_labels,
+    running_bundle,
+)
 from eagleray.flows.runtime import cluster, first_fault, resolve_address
+from eagleray.serving.models import pinned
 from eagleray.serving.settings import ModelEntry, ServingConfig, SloConfig
 from eagleray.serving.window import Figures, together
 from eagleray.vision.bundle import ModelBundle, load_bundle
@@ -91,7 +99,8 @@ def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigError: No such service or model, or other labels.
-        ArtifactError: The bundle does not hold, or fails its probe set on this hardware.
+        ArtifactError: A bundle does not hold, or fails its probe set on this hardware; or the folder of a model that
+            runs holds another one by now, so there is no way back.
         KpiNotMet: It was taken back, with the figures that it was taken back for.
         ClusterError: Ray or Serve does not answer, or the new replicas did not start.
     """
@@ -106,18 +115,16 @@ def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
         handle = _handle(APP)
         old = load(ServingConfig, overrides=_asked(lambda: handle.settings.remote().result(timeout_s=ASK_TIMEOUT_S)))
         entry = _entry(old, name)
-        before = load_bundle(entry.bundle) if Path(entry.bundle).exists() else None
+        before = running_bundle(entry)
         refuse_labels(bundle, before, is_allowed=config.allow_new_labels)
-        previous = before.model_digest if before else ""
-        if before and bundle.model_digest == before.model_digest and _policy(bundle) == _policy(before):
+        previous = entry.digest or (before.model_digest if before else "")
+        if before and entry.digest == bundle.model_digest and _policy(bundle) == _policy(before):
             return {"model": name, "digest": previous, "previous": previous, "is_new": False}
+        changed = entry.model_copy(update={"bundle": str(Path(path).resolve()), "digest": bundle.model_digest})
+        new = old.model_copy(update={"models": tuple(changed if e.name == name else e for e in old.models)})
+        new = pinned(new)  # replicas that start load the other models too
         status.show("asking the bundle its probe set on the service's hardware")
-        changed = entry.model_copy(update={"bundle": str(Path(path).resolve())})
-        change = Change(
-            old=old,
-            new=old.model_copy(update={"models": tuple(changed if e.name == name else e for e in old.models)}),
-            parity=check_probes(changed, old),
-        )
+        change = Change(old=old, new=new, parity=check_probes(changed, old))
         try:
             watched = _put_in(change, config, handle, status)
         finally:

@@ -8,19 +8,33 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagleray.core.errors import ClusterError, ConfigError, EagleError, KpiNotMet
 from eagleray.flows.pool import error_json, rebuild_error
 from eagleray.flows.runtime import first_fault
+from eagleray.serving.models import bundle_of
 from eagleray.serving.settings import ModelEntry, ServingConfig, SloConfig
 from eagleray.serving.window import Figures
-from eagleray.vision.bundle import ModelBundle, load_bundle
+from eagleray.vision.bundle import ModelBundle
 
 if TYPE_CHECKING:
     from eagleray.flows.rollout import RolloutConfig
 
 CHECK_TIMEOUT_S = 600.0
+
+
+def running_bundle(entry: ModelEntry) -> ModelBundle | None:
+    """The bundle of a model that runs, which the way back needs.
+
+    Returns:
+        None where the entry does not say which model it was deployed with and nothing lies in its folder here.
+
+    Raises:
+        ArtifactError: Its folder holds it no more.
+    """
+    return bundle_of(entry) if entry.digest is not None or Path(entry.bundle).exists() else None
 
 
 def refuse_labels(bundle: ModelBundle, before: ModelBundle | None, *, is_allowed: bool) -> None:
@@ -82,7 +96,7 @@ def answer_probes(entry: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         model = ModelEntry(**entry)
-        bundle, runtime = load_bundle(model.bundle), model.runtime
+        bundle, runtime = bundle_of(model), model.runtime
         if runtime == "auto":
             runtime = choose_runtime(bundle, threads=model.threads, device=model.device).name
         parity = check_parity(bundle, runtime, threads=model.threads, device=model.device)
