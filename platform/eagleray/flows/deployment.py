@@ -123,15 +123,20 @@ class Replica:
         }
 
     async def _watch_health(self) -> None:
-        """Runs the canaries in their rhythm. An illness stands: an engine that came back is not trusted."""
-        failures = 0
+        """Runs the canaries in their rhythm. An illness stands: an engine that came back is not trusted.
+
+        A canary is of one engine, and the next one of another: one failure is forgotten when all engines have passed.
+        """
+        engines = _most_engines(self._config)
+        failures = passes = 0
         while failures < CANARY_FAILURES:
             await asyncio.sleep(self._config.canary.period_s)
             try:
                 await self.shelf.check_health()
-                failures = 0
+                passes += 1
+                failures = 0 if passes >= engines else failures
             except Exception as error:  # noqa: BLE001  whatever it is, this replica cannot show that it is well
-                failures += 1
+                failures, passes = failures + 1, 0
                 verdict = f"{type(error).__name__}: {error}"
         self._illness = verdict
 
@@ -212,11 +217,15 @@ def options(config: ServingConfig, *, is_update: bool = False) -> dict[str, Any]
 def replaced_within_s(config: ServingConfig) -> float:
     """The longest time from an engine's hang until Serve starts another replica in its place, in s.
 
-    A canary has just passed; the next ones run into their timeout; Serve asks for the verdict and looks at the answers
-    in turns of its own, which double its period at most.
+    A canary has just passed; the next ones run into their timeout, or meet the model's other engines first; Serve asks
+    for the verdict and looks at the answers in turns of its own, which double its period at most.
     """
-    canary = config.canary
-    return CANARY_FAILURES * (canary.period_s + canary.timeout_s) + 2 * VERDICTS * VERDICT_PERIOD_S
+    canary, engines = config.canary, _most_engines(config)
+    return CANARY_FAILURES * (engines * canary.period_s + canary.timeout_s) + 2 * VERDICTS * VERDICT_PERIOD_S
+
+
+def _most_engines(config: ServingConfig) -> int:
+    return max(entry.engines for entry in config.models)
 
 
 def log_settings() -> dict[str, Any]:
