@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from eagleray.core.config import load
 from eagleray.core.errors import ArtifactError, ClusterError, ConfigError, KpiNotMet
-from eagleray.flows import rollout, rollout_checks
+from eagleray.flows import rollout, rollout_checks, scale_policy
 from eagleray.flows.rollout import RolloutConfig
 from eagleray.flows.scale_policy import ScalePolicy
 from eagleray.flows.serve import ServeConfig, to_serving
@@ -307,7 +307,7 @@ def context(**given: Any) -> Any:
 
 
 def policy(**given: Any) -> ScalePolicy:
-    scale = AutoscaleConfig(max_replicas=4, upscale_after_s=0, downscale_after_s=0, **given)
+    scale = AutoscaleConfig(**{"max_replicas": 4, "upscale_after_s": 0, "downscale_after_s": 0, **given})
     return ScalePolicy(scale.model_dump(mode="json"), SLO.model_dump(mode="json"))
 
 
@@ -321,6 +321,37 @@ def test_a_queue_brings_replicas_and_only_the_newest_of_the_living_counts() -> N
 def test_what_is_on_its_way_is_waited_for() -> None:
     busy = {"queue_delay_s": [1.0], "utilization": [1.0], "latency_ms_p99": [500.0]}
     assert policy()(context(figures=busy, target_num_replicas=3))[0] == 3
+
+
+@pytest.mark.parametrize(("running", "target"), [(3, 2), (0, 1)])
+def test_what_goes_and_what_is_woken_is_waited_for(running: int, target: int) -> None:
+    values = {name: [0.0] * running for name in ("queue_delay_s", "utilization", "latency_ms_p99")}
+    asked = context(figures=values, current_num_replicas=running, target_num_replicas=target)
+    assert policy()(asked)[0] == target
+
+
+def test_replicas_that_never_come_do_not_keep_a_calm_service_from_shrinking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full cluster a target of 4 with 2 that ran stood for ever; so it does in a crash loop."""
+    clock = Clock()
+    monkeypatch.setattr(scale_policy, "time", SimpleNamespace(time=clock.monotonic))
+    made = policy(downscale_after_s=60)
+    busy = {"queue_delay_s": [1.0] * 2, "utilization": [1.0] * 2, "latency_ms_p99": [500.0] * 2}
+    fair = {"queue_delay_s": [0.0] * 2, "utilization": [0.6] * 2, "latency_ms_p99": [50.0] * 2}
+    calm = {"queue_delay_s": [0.0] * 2, "utilization": [0.1] * 2, "latency_ms_p99": [50.0] * 2}
+
+    def targets(figures: dict[str, list[float]], seconds: int, target: int) -> list[int]:
+        found = []
+        for _ in range(seconds):
+            clock.sleep(1)
+            target = made(context(figures=figures, target_num_replicas=target))[0]
+            found.append(target)
+        return found
+
+    assert set(targets(busy, 300, 4)) == {4}  # they are needed, for as long as they may take; no more are asked for
+    assert set(targets(fair, 60, 4)) == {4}
+    assert targets(fair, 30, 4) == [2] * 30  # the two have done for a while: no others are waited for
+    assert targets(calm, 100, 4)[-1] == 1
+    assert set(targets(busy, 1, 4) + targets(fair, 60, 4)) == {4}  # a moment of load begins the wait anew
 
 
 def test_a_replica_that_has_told_nothing_yet_does_no_harm() -> None:
