@@ -523,7 +523,8 @@ def test_an_answer_that_is_out_is_on_its_way_no_more(tmp_path: Path, keys) -> No
     asyncio.run(asyncio.wait_for(many(), 20))
 
 
-def test_a_client_that_does_not_read_its_answer_holds_no_place(tmp_path: Path, keys, app: App) -> None:
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/predict"), ("GET", "/openapi.json")])
+def test_a_client_that_does_not_read_its_answer_holds_no_place(tmp_path, keys, app: App, method, path) -> None:
     gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
 
     async def whole() -> dict[str, Any]:
@@ -534,17 +535,55 @@ def test_a_client_that_does_not_read_its_answer_holds_no_place(tmp_path: Path, k
 
     async def many() -> Answer:
         headers = [(b"authorization", f"Bearer {keys['all']}".encode()), (b"content-length", b"1")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": headers, "state": {}}
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "state": {}}
         held = [asyncio.ensure_future(gateway(dict(scope), whole, full)) for _ in range(200)]
         while len(app.seen) < 64:
             await asyncio.sleep(0)
-        quick = await Client(gateway).asked("POST", "/v1/predict", headers=key(keys["all"]), chunks=[b"x"])
+        quick = await Client(gateway).asked(method, path, headers=key(keys["all"]), chunks=[b"x"])
         for one in held:
             one.cancel()
         await asyncio.gather(*held, return_exceptions=True)
         return quick
 
     assert asyncio.run(asyncio.wait_for(many(), 20)).status == 200
+
+
+def test_health_that_hangs_takes_a_fixed_number_of_places_and_none_of_a_keys(tmp_path: Path, keys) -> None:
+    """Replicas hang: without a bound, who has no key would fill Serve's queue with GET /readyz."""
+    asked: list[str] = []
+
+    async def hanging(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["path"])
+        await hang.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    hang = asyncio.Event()
+    gateway = Gateway(hanging, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+
+    async def crowd() -> list[int]:
+        def ask(method: str, path: str, count: int, **more: Any) -> list[asyncio.Future[Answer]]:
+            asks = [Client(gateway).asked(method, path, **{"headers": [], "chunks": [], **more}) for _ in range(count)]
+            return [asyncio.ensure_future(one) for one in asks]
+
+        waiting = ask("GET", "/readyz", 500) + ask("GET", "/-/healthz", 200)
+        waiting += ask("GET", "/v1/models", 1, headers=key(keys["all"]))
+        waiting += ask("POST", "/v1/predict", 1, headers=key(keys["all"]), chunks=[b"x"])
+        await asyncio.sleep(0.01)
+        hang.set()
+        answers = [answer.status for answer in await asyncio.gather(*waiting)]
+        assert [answer.status for answer in await asyncio.gather(*ask("GET", "/readyz", 64))] == [200] * 64
+        return answers
+
+    statuses = asyncio.run(asyncio.wait_for(crowd(), 20))
+    assert (statuses[:500].count(200), statuses[:500].count(503)) == (64, 436)
+    assert set(statuses[500:]) == {200}
+
+
+@pytest.mark.parametrize(("path", "said"), [("/readyz", b"2"), ("/", b"2"), ("/v1/models", b"11")])
+def test_serve_ends_what_hangs_whoever_asked(client: Client, keys, app: App, path: str, said: bytes) -> None:
+    client.ask("GET", path, headers=key(keys["all"], ("x-request-timeout-seconds", "999")))
+    assert [value for name, value in app.seen[0]["headers"] if name == b"x-request-timeout-seconds"] == [said]
 
 
 def test_a_slow_upload_holds_no_place(tmp_path: Path, keys, app: App) -> None:

@@ -101,3 +101,35 @@ class ConcurrencyLimit:
             self._limit = min(MOST, self._limit + 1 / self._limit)
         if self._smoothed_s < FAST_SHARE * slow_s and self._limit < self._first:
             self._limit = min(self._first, self._limit + RECOVERY)
+
+
+class Places:
+    """A fixed number of places, for what is not worth a measure.
+
+    Args:
+        most: How many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+
+    def take(self) -> Callable[[], None]:
+        """Takes one.
+
+        Returns:
+            What gives it back; called again it does nothing.
+
+        Raises:
+            Refusal: 503: none is free.
+        """
+        if self._free == 0:
+            raise overloaded(RETRY_S)
+        self._free -= 1
+        is_taken = True
+
+        def give() -> None:
+            nonlocal is_taken
+            self._free += is_taken
+            is_taken = False
+
+        return give

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eagleray.serving.access import KeyFile
 from eagleray.serving.admission import MemoryLedger, RateLimiter, Rates
 from eagleray.serving.bodies import BodyLimits, Budget, ClientGone, declared_size, read_body
-from eagleray.serving.concurrency import TARGET_SHARE, ConcurrencyLimit
+from eagleray.serving.concurrency import TARGET_SHARE, ConcurrencyLimit, Places
 from eagleray.serving.outbound import Outbound
 from eagleray.serving.passport import ANY, STATE_KEY, Passport
 from eagleray.serving.paths import PROXY_HEALTH, PROXY_PATHS
@@ -65,6 +65,8 @@ MULTIPLEXED = b"serve_multiplexed_model_id"  # Serve's router prefers a replica 
 TIMEOUT_SLACK_S = 1.0  # the app answers a passed deadline itself; Serve's timeout is for a replica that hangs
 LINGER_S = 0.5  # a refused upload's connection is closed so much later: a client that still sends can read the answer
 TRIES = 2
+MOST_ASIDE = 64  # what asks nothing of a model, at a time: Serve's queue is for what does
+OPEN_TIMEOUT_S = 2.0  # what anybody may ask is answered at once, or the replica hangs
 TENANT_SHARE = 0.25  # of the bytes that all bodies may hold
 
 
@@ -104,6 +106,7 @@ class Gateway:
         self._budget = Budget(limits.max_buffered_bytes, share)
         self._target_s = TARGET_SHARE * config.max_queue_s
         self._concurrency = ConcurrencyLimit(self._target_s)
+        self._open_places, self._other_places = Places(MOST_ASIDE), Places(MOST_ASIDE)
         self._models = tuple(entry.name for entry in config.models)
         self._has_more_than_fit = len(self._models) > config.memory.max_loaded_models
 
@@ -126,7 +129,7 @@ class Gateway:
             if visit.target.action:
                 await self._pass_on_in_turn(visit, receive, outbound)
             else:
-                await self._pass_on(visit, receive, outbound)
+                await self._pass_on_aside(visit, receive, outbound)
             visit.status = outbound.status
         except ClientGone:
             pass
@@ -183,6 +186,22 @@ class Gateway:
         if visit.rates is not None:
             # What only tells of models is let in at the rate, and counts nothing of it
             self._limiter.admit(visit.tenant, visit.rates, 1 if target.action else 0)
+
+    async def _pass_on_aside(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
+        """``_pass_on`` of what asks nothing of a model. Who has no key takes no place of those who have one.
+
+        Raises:
+            Refusal: 503 when the places are taken, and as ``_pass_on``.
+        """
+        if visit.scope["path"] == PROXY_HEALTH:  # the proxy answers it: no replica's queue is behind it
+            await self._pass_on(visit, receive, outbound)
+            return
+        give = (self._open_places if visit.target.is_open else self._other_places).take()
+        outbound.on_answer = give
+        try:
+            await self._pass_on(visit, receive, outbound)
+        finally:
+            give()
 
     async def _pass_on_in_turn(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
         """``_pass_on``, counted among what is on its way.
@@ -268,9 +287,9 @@ class Gateway:
         if self._has_more_than_fit and visit.target.action and asked in self._models:
             headers.append((MULTIPLEXED, asked.encode()))
         state = dict(visit.scope.get("state") or {})
+        timeout_s = OPEN_TIMEOUT_S if visit.target.is_open else self._config.limits.deadline_s + TIMEOUT_SLACK_S
+        headers.append((b"x-request-timeout-seconds", f"{timeout_s:g}".encode()))
         if visit.tenant != NOBODY:
-            timeout_s = self._config.limits.deadline_s + TIMEOUT_SLACK_S
-            headers.append((b"x-request-timeout-seconds", f"{timeout_s:g}".encode()))
             state[STATE_KEY] = Passport(
                 tenant=visit.tenant,
                 request_id=visit.request_id,
