@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from eagleray.serving.admission import DAY_S, FileLedger, MemoryLedger, RateLimiter, Rates, refuse_late
+from eagleray.serving import admission
+from eagleray.serving.admission import DAY_S, FileLedger, MemoryLedger, RateLimiter, Rates, ledger_name, refuse_late
 from eagleray.serving.refusals import Refusal
 
 
@@ -155,6 +156,28 @@ def test_counters_outlive_a_process_and_are_begun_anew_in_another_form(tmp_path:
     third = FileLedger(path, most=100)
     assert admitted(RateLimiter(third, clock=clock), "a", rates)
     third.close()
+
+
+def test_another_form_of_the_file_leaves_those_who_have_it_mapped_alive(tmp_path: Path) -> None:
+    """A file that is cut while it is mapped is a SIGBUS for who reads it: in a process of its own."""
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from eagleray.serving.admission import FileLedger, RateLimiter, Rates;"
+        "first = RateLimiter(FileLedger(sys.argv[1], most=10_000));"
+        "FileLedger(sys.argv[1], most=10);"
+        "[first.admit(f't{n}', Rates(1.0, 1)) for n in range(1_000)]"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "rates")], check=True, timeout=60)
+
+
+def test_a_ledgers_name_tells_boots_forms_and_services_apart(monkeypatch) -> None:
+    names = {ledger_name(service, most) for service in ("/a.json", "/b.json") for most in (10, 10_000)}
+    monkeypatch.setattr(admission, "_boot_id", lambda: "another")
+    names.add(ledger_name("/a.json", 10))
+    assert len(names) == 5
+    assert ledger_name("/a.json", 10) == ledger_name("/a.json", 10)
 
 
 def _hammer(path: str, found: multiprocessing.Queue) -> None:
