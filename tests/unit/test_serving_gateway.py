@@ -418,6 +418,81 @@ def test_images_of_a_request_count_one_each(client: Client, keys, app: App) -> N
     assert statuses == [200, 429]
 
 
+def quota_client(tmp_path: Path, app: Any) -> tuple[Client, str]:
+    _, key_of = create_key(tmp_path / "keys.json", KeyRequest(tenant="day", images_per_day=64))
+    return Client(Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))), key_of
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/predict", "multipart/form-data; boundary=x"),
+        ("/v1/embed", "application/json"),
+        ("/v2/models/lite0/infer", "application/octet-stream"),
+        ("/v2/models/lite0/infer", ""),
+    ],
+)
+def test_a_crowd_of_large_requests_stays_within_the_quota(tmp_path: Path, path: str, kind: str) -> None:
+    app, hold = App(images=32), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await hold.wait()
+        await app(scope, receive, send)
+
+    client, key_of = quota_client(tmp_path, slow)
+    headers = key(key_of, *([("content-type", kind)] if kind else []))
+
+    async def crowd() -> list[int]:
+        asks = [
+            asyncio.ensure_future(Client(client.app).asked("POST", path, headers=headers, chunks=[b"x"]))
+            for _ in range(60)
+        ]
+        await asyncio.sleep(0.01)
+        hold.set()
+        return [answer.status for answer in await asyncio.gather(*asks)]
+
+    statuses = asyncio.run(crowd())
+    assert (statuses.count(200), statuses.count(429)) == (2, 58)
+
+
+def test_what_a_request_did_not_hold_is_given_back(tmp_path: Path) -> None:
+    app = App(images=1)
+    client, key_of = quota_client(tmp_path, app)
+    headers = key(key_of, ("content-type", "application/json"))
+    statuses = [client.ask("POST", "/v1/predict", headers=headers, chunks=[b"x"]).status for _ in range(65)]
+    assert (statuses.count(200), statuses[-1]) == (64, 429)
+
+
+def test_who_goes_before_the_answer_has_had_it_all(tmp_path: Path) -> None:
+    async def leave(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    client, key_of = quota_client(tmp_path, leave)
+    headers = key(key_of, ("content-type", "application/json"), ("content-length", "1"))
+
+    async def whole() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    statuses = [client.ask("POST", "/v1/predict", headers=headers, chunks=[whole, gone]).status for _ in range(3)]
+    assert statuses == [0, 0, 429]
+
+
+def test_who_goes_before_the_body_has_come_pays_for_one(tmp_path: Path, app: App) -> None:
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    client, key_of = quota_client(tmp_path, app)
+    headers = key(key_of, ("content-type", "application/json"))
+    for _ in range(63):
+        client.ask("POST", "/v1/predict", headers=[*headers, ("content-length", "9")], chunks=[b"x", gone])
+    statuses = [client.ask("POST", "/v1/predict", headers=headers, chunks=[b"x"]).status for _ in range(2)]
+    assert statuses == [200, 429]
+
+
 def test_ids_and_traces_of_the_client_are_kept_where_they_are_sound(client: Client, keys, app: App) -> None:
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
     for given, kept in [("abcd-1234_X", True), ("short", False), ("x" * 65, False), ("a b c d e f", False)]:

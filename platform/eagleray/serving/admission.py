@@ -107,22 +107,37 @@ class RateLimiter:
     ) -> None:
         self._ledger, self._clock, self._wall = ledger, clock, wall
 
-    def admit(self, tenant: str, rates: Rates, images: int = 1) -> None:
+    def admit(self, tenant: str, rates: Rates, images: int = 1, *, most: int = 0) -> int:
         """Lets a request in and counts it.
+
+        Args:
+            tenant: Who asks.
+            rates: What it may ask.
+            images: Those that the request is known to hold.
+            most: Those that it may hold: so many, or what is left, are kept from the day's quota until ``settle`` tells
+                how many there were. Else a crowd of large requests would be let in by one image each.
+
+        Returns:
+            How many were counted to the quota.
 
         Raises:
             Refusal: 429 with Retry-After: the rate or the quota is used; nothing is counted.
         """
-        now_s, wall_s = self._clock(), self._wall()
+        now_s, wall_s, held = self._clock(), self._wall(), images
 
         def step(counter: Counter) -> float:
+            nonlocal held
             over_s = _over(counter, rates, images, now_s)
             if over_s > 0:
                 return over_s
             _turn(counter, wall_s)
-            if rates.images_per_day is not None and counter.used + images > rates.images_per_day:
-                return -1.0
+            if rates.images_per_day is not None:
+                left = rates.images_per_day - counter.used
+                if images > left:
+                    return -1.0
+                held = min(max(images, most), left)
             _count(counter, rates, images, now_s)
+            counter.used += held - images
             return 0.0
 
         verdict = self._ledger.change(tenant, step)
@@ -130,20 +145,26 @@ class RateLimiter:
             raise rate_limited(verdict)
         if verdict < 0:
             raise quota_used(DAY_S - wall_s % DAY_S)
+        return held
 
-    def charge(self, tenant: str, rates: Rates, images: int) -> None:
-        """Counts images of a request that was let in before their number was known; what is too much delays the next.
+    def settle(self, tenant: str, rates: Rates, images: int, *, counted: int = 1, held: int = 1) -> None:
+        """Counts a request that was let in before the number of its images was known; what is too much delays the next.
 
         Args:
-            images: Beyond those that ``admit`` counted.
+            tenant: Who asked.
+            rates: What it may ask.
+            images: Those that there were.
+            counted: Those that ``admit`` was told of.
+            held: What it returned.
         """
-        if images <= 0:
+        if images <= counted and images == held:
             return
         now_s, wall_s = self._clock(), self._wall()
 
         def step(counter: Counter) -> float:
             _turn(counter, wall_s)
-            _count(counter, rates, images, now_s)
+            _count(counter, rates, max(0, images - counted), now_s)
+            counter.used = max(0, counter.used - max(0, images - counted) + images - held)
             return 0.0
 
         self._ledger.change(tenant, step)

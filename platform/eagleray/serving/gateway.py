@@ -63,6 +63,7 @@ DROPPED = frozenset(
 OURS = b"x-eagleray-"
 MULTIPLEXED = b"serve_multiplexed_model_id"  # Serve's router prefers a replica that has this model in memory
 TIMEOUT_SLACK_S = 1.0  # the app answers a passed deadline itself; Serve's timeout is for a replica that hangs
+SINGLE_TYPES = (b"", b"application/octet-stream")  # beside image/*: the body is the image
 LINGER_S = 0.5  # a refused upload's connection is closed so much later: a client that still sends can read the answer
 TRIES = 2
 MOST_ASIDE = 64  # what asks nothing of a model, at a time: Serve's queue is for what does
@@ -138,6 +139,7 @@ class Gateway:
             await self._refuse(visit, refusal, outbound)
         finally:
             visit.end()
+            self._settle(visit, outbound)
             self._watch.tell(visit, self._models)
 
     def _check(self, visit: Visit) -> None:
@@ -185,7 +187,32 @@ class Gateway:
             self._concurrency.check()
         if visit.rates is not None:
             # What only tells of models is let in at the rate, and counts nothing of it
-            self._limiter.admit(visit.tenant, visit.rates, 1 if target.action else 0)
+            images = 1 if target.action else 0
+            visit.held = self._limiter.admit(visit.tenant, visit.rates, images, most=self._most_images(visit))
+
+    def _most_images(self, visit: Visit) -> int:
+        """How many images a request may hold, by its type: an image's own body holds one."""
+        if not visit.target.action:
+            return 0
+        kind = first(visit.scope["headers"], b"content-type").partition(b";")[0].strip().lower()
+        is_one = visit.target.route != "infer" and (kind in SINGLE_TYPES or kind.startswith(b"image/"))
+        return 1 if is_one else self._config.limits.max_images_per_request
+
+    def _settle(self, visit: Visit, outbound: Outbound) -> None:
+        """Counts the images of a request, once: those that the app tells of.
+
+        Who goes, or whose time is over, once the app has the request has had it work for all that there may have been.
+        """
+        if visit.rates is None or not visit.held:
+            return
+        held, visit.held = visit.held, 0
+        if outbound.is_answered:
+            images = max(1, outbound.num_images)
+        elif visit.taken_s and visit.code in ("", "deadline_passed"):
+            images = max(held, self._most_images(visit))
+        else:
+            images = 1
+        self._limiter.settle(visit.tenant, visit.rates, images, held=held)
 
     async def _pass_on_aside(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
         """``_pass_on`` of what asks nothing of a model. Who has no key takes no place of those who have one.
@@ -214,6 +241,8 @@ class Gateway:
 
         def end() -> None:
             nonlocal is_on_its_way
+            if outbound.is_answered:
+                self._settle(visit, outbound)
             if is_on_its_way:
                 is_on_its_way, spent_s = False, time.monotonic() - began_s
                 # A quick 503 says nothing of how long answers take
@@ -246,8 +275,6 @@ class Gateway:
                 raise deadline_passed()
         else:
             raise not_ready("the replica that had the request is gone; ask again")
-        if visit.rates is not None and visit.target.action:
-            self._limiter.charge(visit.tenant, visit.rates, outbound.num_images - 1)
 
     async def _ask(self, scope: Scope, inbound: _Inbound, outbound: Outbound) -> None:
         """One try.

@@ -46,6 +46,7 @@ class Outbound:
         self._send, self._path, self._is_https = send, path, is_https
         self._request_id = request_id.encode()
         self.status = 0  # until an answer has begun
+        self.is_answered = False  # whether it is the app's
         self.on_answer: Callable[[], None] | None = None  # told when the answer is there, however slowly it is read
         self.closes = False  # whether the connection ends after the answer: the rest of the request's body is not read
         self.num_images = 1
@@ -57,6 +58,7 @@ class Outbound:
             status, headers = message["status"], message.get("headers") or []
             self.refusal = _as_refusal(status, headers)
             if self.refusal is None:
+                self.is_answered = True
                 await self._begin(status, headers)
         elif self.refusal is None:
             await self._send(message)
