@@ -212,6 +212,15 @@ def test_a_head_that_is_too_large_is_refused(server: Server, size: int) -> None:
     assert answer.startswith(b"HTTP/1.1 431 ") or (size > 1_000_000 and answer == b"")
 
 
+def test_the_body_before_a_pipelined_head_is_no_part_of_it(server: Server) -> None:
+    """The end of a body and the beginning of the next head come in one read."""
+    with server.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 20000\r\n\r\n" + b"x" * 20_000 + b"GET / HT")
+        assert read_answer(client) == (200, b"20000")
+        client.sendall(b"TP/1.1\r\nhost: x\r\n\r\n")
+        assert read_answer(client) == (200, b"0")
+
+
 @pytest.mark.parametrize("trailer", [b"x-a: " + b"b" * 1_000_000, b"x-a: b\r\n" * 100_000])
 def test_trailers_have_the_limit_of_a_head(server: Server, trailer: bytes) -> None:
     with server.connect() as client:

@@ -108,6 +108,7 @@ class _Parser(HttpToolsProtocol):
         self.in_head = False
         self.is_whole = True  # whether all of the current request has come
         self.has_body = False  # whether what was fed last held a byte of a body
+        self.has_begun = False  # whether a head began in it, perhaps behind the end of a body
         self._refused_as = 0
 
     def wait_for_head(self) -> None:
@@ -134,7 +135,7 @@ class _Parser(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
-        self.in_head, self.is_whole = True, False
+        self.in_head, self.is_whole, self.has_begun = True, False, True
         self.wait_for_head()
 
     def on_headers_complete(self) -> None:
@@ -222,14 +223,15 @@ class GuardedProtocol(asyncio.BufferedProtocol):
         parser = self._parser
         if parser.parser is None or parser.transport.is_closing():
             return
-        parser.has_body = False
+        parser.has_body = parser.has_begun = False
         parser.data_received(bytes(self._buffer[:nbytes]))
         # Counted: a head, and what stands in a body's place and is none of it (trailers, which the parser keeps)
         if not parser.in_head and (parser.is_whole or parser.has_body):
             self._head_bytes = 0
             parser.wait_if_idle()
             return
-        self._head_bytes += nbytes
+        # Of a read in which a head began the parser does not tell how much is head; of a whole head it does
+        self._head_bytes = 0 if parser.has_begun else self._head_bytes + nbytes
         if self._head_bytes > self._limits.max_head_bytes:
             parser.refuse(431)
 
