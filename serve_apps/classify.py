@@ -10,14 +10,18 @@ Example:
 
 from eagleray.flows.deployment import build
 from eagleray.flows.serve import ServeConfig, to_serving
+from eagleray.serving.models import pinned
 from ray.serve import Application
 
 
 def app(config: ServeConfig) -> Application:
-    """The application.
+    """The application, pinned to the models that its bundles hold now where Serve builds it.
 
     Args:
         config: The keys of ServeConfig; ``model`` is the one that must be given. Serve's own file says where it
             listens, so host and port count for the checks only.
+
+    Raises:
+        ArtifactError: A bundle does not hold, or is not on this node.
     """
-    return build(to_serving(config))
+    return build(pinned(to_serving(config)))

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from eagleray.vision.bundle import HEAD, load_bundle
+from eagleray.vision.bundle import load_bundle
 
-from tests.journeys.conftest import run
+from tests.journeys.conftest import run, wait_for
 from tests.journeys.serving import Load, Served, load, served
 from tests.tiny_model import make_bundle
 
@@ -89,6 +90,27 @@ def test_a_slow_model_is_taken_back(service: Served, tiny_model: Path, other_mod
     assert service.predict(images[0]).json["model"]["version"] == before
 
 
+@pytest.mark.full
+def test_a_model_that_hangs_once_it_serves_is_taken_back(
+    service: Served, tiny_model: Path, other_model: Path, images: list[bytes]
+) -> None:
+    """It starts, passes its probe set and answers; then its engine stands still, and the old model must come back."""
+    before = service.predict(images[0]).json["model"]["version"]
+    new = tiny_model if before == version(other_model) else other_model
+    try:
+        with load(service, images, threads=2) as asked, ThreadPoolExecutor(1) as pool:
+            rolled = pool.submit(rollout, service, f"tiny={new}", "--watch-s", "60")
+            wait_for(lambda: asked.versions and asked.versions[-1][1] == version(new), 90)
+            service.go_wrong(slow_bundle=str(new.resolve()), slow_engine_ms=30_000)
+            done = rolled.result(150)
+    finally:
+        (service.home / "faults.json").unlink(missing_ok=True)
+    print(f"\n{service.facts['proxy']}: {asked.report()}, {done.stdout}")
+    assert done.returncode in (6, 10), done.stdout + done.stderr
+    assert "the old model serves again" in done.stderr
+    assert service.predict(images[0]).json["model"]["version"] == before
+
+
 def test_a_bundle_that_fails_its_probe_set_changes_nothing(
     service: Served, tiny_model: Path, images: list[bytes], tmp_path: Path
 ) -> None:
@@ -120,4 +142,3 @@ def test_what_the_service_does_not_know_is_said(service: Served, tiny_model: Pat
     nowhere = run(service.env, "rollout", f"tiny={tiny_model}", "--port", "1")
     assert nowhere.returncode == 2
     assert "no `eagleray serve` on port 1" in nowhere.stderr
-    assert HEAD  # the bundle's head names its labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -256,6 +257,40 @@ def test_the_environment_of_ray_is_complete(tmp_path: Path) -> None:
     assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == serve_local.CALLBACK
     assert environment["EAGLERAY_SERVING_SETTINGS"].startswith(str(tmp_path))
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("engines", "verdicts", "asked"),
+    [
+        (1, "-+-+--", 6),  # one may be a machine that stood still for a moment
+        (2, "+-+-", 4),  # every other canary meets the engine that is ill
+        (2, "-++-+++--", 9),
+        (3, "-++-", 4),
+        (3, "-+++-++-", 8),
+    ],
+)
+def test_an_ill_engine_among_well_ones_is_noticed(
+    engines: int, verdicts: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Canaries of a model alternate between its engines: each pass of a well one forgave the ill one."""
+    left = list(verdicts)
+
+    async def check_health() -> None:
+        if left.pop(0) == "-":
+            raise RuntimeError("engine 1 hangs")
+
+    replica: Any = object.__new__(deployment.Replica)
+    replica._config = serving(**{"engines": engines, "canary.period_s": 1e-4})
+    replica.shelf, replica._illness = types.SimpleNamespace(check_health=check_health), ""
+    monkeypatch.delattr(deployment.Replica, "__del__")
+    asyncio.run(replica._watch_health())
+    assert len(verdicts) - len(left) == asked
+    assert replica._illness == "RuntimeError: engine 1 hangs"
+
+
+def test_an_ill_engine_is_noticed_later_among_others() -> None:
+    one, three = (deployment.replaced_within_s(serving(engines=engines)) for engines in (1, 3))
+    assert three - one == 2 * 2 * serving().canary.period_s
 
 
 def test_the_guide_holds_no_secret_and_every_way_in(tmp_path: Path) -> None:

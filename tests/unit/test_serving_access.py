@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -141,6 +142,77 @@ def test_a_file_that_is_gone_opens_nothing_and_one_that_does_not_hold_changes_no
     clock.now += 1
     assert keys.authorize(bearer(key)).tenant == "acme"
     assert key.rsplit("_", 1)[1] not in caplog.text
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, path: Path, number: int | None) -> None:
+    """Opening the file fails, as for a service that is not root; None = it does no more."""
+    whole = Path.open
+
+    def opened(self: Path, *args: object, **more: object) -> object:
+        if self == path and number is not None:
+            raise OSError(number, os.strerror(number))
+        return whole(self, *args, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ELOOP])
+def test_a_file_that_may_not_be_read_opens_nothing_until_it_may(path: Path, monkeypatch, number: int, caplog) -> None:
+    record, key = create_key(path, KeyRequest(tenant="acme"))
+    _, other = create_key(path, KeyRequest(tenant="other"))
+    clock = Clock()
+    keys = KeyFile(path, clock=clock)
+    revoke_key(path, record.id)
+    with monkeypatch.context() as patch:
+        failing(patch, path, number)
+        for _ in range(3):
+            clock.now += 1
+            assert refused(keys, bearer(key)) == "wrong_key"
+            assert refused(keys, bearer(other)) == "wrong_key"
+        assert caplog.text.count("no key opens anything") == 1
+    clock.now += 1
+    assert keys.authorize(bearer(other)).tenant == "other"
+    assert refused(keys, bearer(key)) == "wrong_key"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO])
+def test_a_fault_that_passes_is_waited_for(path: Path, monkeypatch, number: int) -> None:
+    record, key = create_key(path, KeyRequest(tenant="acme"))
+    clock = Clock()
+    keys = KeyFile(path, clock=clock)
+    revoke_key(path, record.id)
+    with monkeypatch.context() as patch:
+        failing(patch, path, number)
+        clock.now += 1
+        assert keys.authorize(bearer(key)).tenant == "acme"
+    clock.now += 1
+    assert refused(keys, bearer(key)) == "wrong_key"
+
+
+def test_a_file_that_becomes_open_to_others_opens_nothing_until_it_is_closed(path: Path) -> None:
+    _, key = create_key(path, KeyRequest(tenant="acme"))
+    clock = Clock()
+    keys = KeyFile(path, clock=clock)
+    path.chmod(0o666)
+    clock.now += 1
+    assert refused(keys, bearer(key)) == "wrong_key"
+    path.chmod(0o600)
+    clock.now += 1
+    assert keys.authorize(bearer(key)).tenant == "acme"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o440, 0o600])
+def test_a_file_that_is_written_again_can_be_read_by_whom_it_could(path: Path, mode: int) -> None:
+    record, _ = create_key(path, KeyRequest(tenant="acme"))
+    path.chmod(mode)
+    group = next((number for number in os.getgroups() if number != os.getgid()), 7 if os.getuid() == 0 else None)
+    if group is not None:
+        os.chown(path, -1, group)
+    before = path.stat()
+    revoke_key(path, record.id)
+    after = path.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o604, 0o620, 0o666])

@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from eagleray.serving.admission import DAY_S, FileLedger, MemoryLedger, RateLimiter, Rates, refuse_late
+from eagleray.serving import admission
+from eagleray.serving.admission import DAY_S, FileLedger, MemoryLedger, RateLimiter, Rates, ledger_name, refuse_late
 from eagleray.serving.refusals import Refusal
 
 
@@ -77,7 +78,7 @@ def test_images_that_are_counted_late_delay_the_next_request(ledger) -> None:
     limiter = RateLimiter(ledger, clock=clock)
     rates = Rates(images_per_s=10.0, burst=10)
     limiter.admit("a", rates)
-    limiter.charge("a", rates, 29)
+    limiter.settle("a", rates, 30)
     clock.now += 1.9
     assert not admitted(limiter, "a", rates)
     clock.now += 0.2
@@ -97,6 +98,32 @@ def test_a_quota_ends_at_midnight_utc(ledger) -> None:
     assert caught.value.retry_after_s == DAY_S - 80_000
     wall.now += 6_400
     assert admitted(limiter, "a", rates, 100)
+
+
+def test_what_a_request_may_hold_is_kept_from_the_quota_until_it_is_known(ledger) -> None:
+    clock, wall = Clock(), Clock(20_000 * DAY_S + 80_000.0)
+    limiter = RateLimiter(ledger, clock=clock, wall=wall)
+    rates = Rates(images_per_s=1e6, burst=1_000, images_per_day=70)
+    held = [limiter.admit("a", rates, most=32) for _ in range(3)]
+    assert held == [32, 32, 6]
+    assert not admitted(limiter, "a", rates)
+    limiter.settle("a", rates, 1, held=32)
+    limiter.settle("a", rates, 32, held=32)
+    limiter.settle("a", rates, 10, held=6)
+    assert limiter.admit("a", rates, most=32) == 27  # 70 - 1 - 32 - 10
+    wall.now += 6_400  # a new day: what was kept of the last one is not given back to it
+    limiter.settle("a", rates, 1, held=27)
+    assert admitted(limiter, "a", rates, 70)
+
+
+def test_what_is_kept_from_the_quota_is_nothing_to_the_rate(ledger) -> None:
+    clock = Clock()
+    limiter = RateLimiter(ledger, clock=clock)
+    rates = Rates(images_per_s=1.0, burst=3, images_per_day=1_000)
+    assert [limiter.admit("a", rates, most=32) for _ in range(3)] == [32, 32, 32]
+    with pytest.raises(Refusal) as caught:
+        limiter.admit("a", rates, most=32)
+    assert caught.value.retry_after_s == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -155,6 +182,28 @@ def test_counters_outlive_a_process_and_are_begun_anew_in_another_form(tmp_path:
     third = FileLedger(path, most=100)
     assert admitted(RateLimiter(third, clock=clock), "a", rates)
     third.close()
+
+
+def test_another_form_of_the_file_leaves_those_who_have_it_mapped_alive(tmp_path: Path) -> None:
+    """A file that is cut while it is mapped is a SIGBUS for who reads it: in a process of its own."""
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from eagleray.serving.admission import FileLedger, RateLimiter, Rates;"
+        "first = RateLimiter(FileLedger(sys.argv[1], most=10_000));"
+        "FileLedger(sys.argv[1], most=10);"
+        "[first.admit(f't{n}', Rates(1.0, 1)) for n in range(1_000)]"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "rates")], check=True, timeout=60)
+
+
+def test_a_ledgers_name_tells_boots_forms_and_services_apart(monkeypatch) -> None:
+    names = {ledger_name(service, most) for service in ("/a.json", "/b.json") for most in (10, 10_000)}
+    monkeypatch.setattr(admission, "_boot_id", lambda: "another")
+    names.add(ledger_name("/a.json", 10))
+    assert len(names) == 5
+    assert ledger_name("/a.json", 10) == ledger_name("/a.json", 10)
 
 
 def _hammer(path: str, found: multiprocessing.Queue) -> None:

@@ -176,7 +176,16 @@ def test_an_engine_that_hangs_costs_the_deadline_and_no_more(service: DirectServ
     answer = client_of(service).post("/v1/predict", content=photo, headers={**JPEG, "x-deadline-ms": "50"})
     assert "within 0.05 s" in problem(answer, 503, "deadline_passed")["detail"]
     assert answer.headers["retry-after"] == "1"
+    assert answer.headers["x-eagleray-images"] == "1"
     assert service.cancelled == 1
+
+
+def test_a_deadline_that_is_too_short_is_charged_by_its_images(service: DirectService, photo: bytes) -> None:
+    service.fault = deadline_passed(0.001)
+    files = [("images", ("a.jpg", photo, "image/jpeg"))] * 3
+    answer = client_of(service).post("/v1/predict", files=files, headers={"x-deadline-ms": "1"})
+    problem(answer, 503, "deadline_passed")
+    assert answer.headers["x-eagleray-images"] == "3"
 
 
 def test_what_the_service_refuses_goes_to_the_client(service: DirectService, photo: bytes) -> None:

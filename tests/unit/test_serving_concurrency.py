@@ -18,7 +18,7 @@ class Free:
     def begin(self) -> None:
         pass
 
-    def end(self, seconds: float | None) -> None:
+    def end(self, seconds: float | None, *, images: int = 1) -> None:
         pass
 
 
@@ -106,6 +106,34 @@ def test_after_a_stall_it_goes_back_to_where_it_began() -> None:
         gate.begin()
         gate.end(0.01)
     assert gate.limit == first
+
+
+def test_large_requests_of_an_idle_service_leave_the_limit_as_it_is() -> None:
+    clock = [0.0]
+    gate = limited(clock)
+    first = gate.limit
+    for _ in range(500):  # 32 images in 150 ms, eight at a time
+        for _ in range(8):
+            gate.begin()
+        clock[0] += 0.15
+        for _ in range(8):
+            gate.end(0.15, images=32)
+    assert gate.limit == first
+
+
+def test_large_requests_of_a_busy_service_lower_it_all_the_same() -> None:
+    clock = [0.0]
+    gate = limited(clock)
+    first = gate.limit
+    gate.begin()
+    gate.end(0.15, images=32)
+    for _ in range(20):
+        for _ in range(8):
+            gate.begin()
+        clock[0] += 5.0
+        for _ in range(8):
+            gate.end(5.0, images=32)
+    assert gate.limit < first / 2
 
 
 def test_a_model_that_is_slower_than_promised_is_served_all_the_same() -> None:

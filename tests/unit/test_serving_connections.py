@@ -212,6 +212,15 @@ def test_a_head_that_is_too_large_is_refused(server: Server, size: int) -> None:
     assert answer.startswith(b"HTTP/1.1 431 ") or (size > 1_000_000 and answer == b"")
 
 
+def test_the_body_before_a_pipelined_head_is_no_part_of_it(server: Server) -> None:
+    """The end of a body and the beginning of the next head come in one read."""
+    with server.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 20000\r\n\r\n" + b"x" * 20_000 + b"GET / HT")
+        assert read_answer(client) == (200, b"20000")
+        client.sendall(b"TP/1.1\r\nhost: x\r\n\r\n")
+        assert read_answer(client) == (200, b"0")
+
+
 @pytest.mark.parametrize("trailer", [b"x-a: " + b"b" * 1_000_000, b"x-a: b\r\n" * 100_000])
 def test_trailers_have_the_limit_of_a_head(server: Server, trailer: bytes) -> None:
     with server.connect() as client:
@@ -261,6 +270,52 @@ def test_the_rest_of_a_body_that_nobody_reads_cannot_be_sent_for_ever(limits: Li
             for _ in range(2):
                 client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n" + b"x" * 60_000)
                 assert read_answer(client)[0] == 401
+    finally:
+        server.stop()
+
+
+class Unlimited(GuardedProtocol):
+    """Is never told that a client does not read: as when what is unsent is less than a transport's limit."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=1 << 30)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("protocol", [GuardedProtocol, Unlimited])
+def test_a_client_that_never_reads_its_answers_is_cut(limits: LimitsConfig, monkeypatch, protocol, loop: str) -> None:
+    """uvicorn waits for it without end, and a close waits for what is unsent."""
+    ended, piece = threading.Semaphore(0), b"x" * (1 << 20)
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        head = [(b"content-length", str(16 * len(piece)).encode()), (b"connection", b"close")]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            for left in reversed(range(16)):
+                await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
+        finally:
+            ended.release()
+
+    class Told(protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            ended.release()
+
+    server = Server(large, Told, loop)
+    try:
+        with server.connect() as client:  # one that reads has it all
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert len(read_all(client)) > 16 << 20
+        assert ended.acquire(timeout=20)
+        assert ended.acquire(timeout=20)
+        monkeypatch.setattr(connections, "_limits", limits.model_copy(update={"body_timeout_s": 0.3}))
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
+            for _ in range(2):
+                assert ended.acquire(timeout=20), "the app, or the connection, is held"
     finally:
         server.stop()
 

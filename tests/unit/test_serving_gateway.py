@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from eagleray.serving.access import KeyFile, KeyRequest, create_key
+from eagleray.serving.concurrency import ConcurrencyLimit
 from eagleray.serving.gateway import Gateway
 from eagleray.serving.passport import Passport, passport_of
 from eagleray.serving.refusals import KINDS, Refusal, to_answer
@@ -337,7 +338,7 @@ def test_all_bodies_together_have_a_budget(tmp_path: Path, keys, app: App) -> No
         tmp_path, limits={"max_body_bytes": 1 << 20, "max_buffered_bytes": 1 << 20, "body_timeout_s": 5}
     )
     gateway = Gateway(app, config=config, keys=KeyFile(tmp_path / "keys.json"))
-    headers = key(keys["all"], ("content-length", "700000"))
+    headers = key(keys["all"], ("content-length", "700001"))
 
     async def two() -> tuple[Answer, Answer, Answer]:
         hold = asyncio.Event()
@@ -347,18 +348,60 @@ def test_all_bodies_together_have_a_budget(tmp_path: Path, keys, app: App) -> No
             return {"type": "http.disconnect"}
 
         first = asyncio.ensure_future(
-            Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x", held])
+            Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_000, held])
         )
         await asyncio.sleep(0)
-        second = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_000])
+        second = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_001])
         hold.set()
         gone = await first
-        third = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_000])
+        third = await Client(gateway).asked("POST", "/v1/predict", headers=headers, chunks=[b"x" * 700_001])
         return gone, second, third
 
     first, second, third = asyncio.run(two())
     assert (first.status, second.status, third.status) == (0, 503, 200)
     assert second.header("retry-after") == "1"
+
+
+def uploads_beside(gateway: Gateway, held: list[tuple[str, bytes]], who: str, size: int) -> Answer:
+    """One upload while others, of 1 MiB each as they say, have sent some bytes and no more."""
+
+    async def run() -> Answer:
+        hold = asyncio.Event()
+
+        async def wait() -> dict[str, Any]:
+            await hold.wait()
+            return {"type": "http.disconnect"}
+
+        begun = [
+            asyncio.ensure_future(
+                Client(gateway).asked(
+                    "POST", "/v1/predict", headers=key(whose, ("content-length", str(1 << 20))), chunks=[sent, wait]
+                )
+            )
+            for whose, sent in held
+        ]
+        await asyncio.sleep(0)
+        answer = await Client(gateway).asked("POST", "/v1/predict", headers=key(who), chunks=[b"x" * size])
+        hold.set()
+        await asyncio.gather(*begun)
+        return answer
+
+    return asyncio.run(run())
+
+
+def test_a_body_that_is_announced_and_does_not_come_takes_nothing(tmp_path: Path, keys, app: App) -> None:
+    limits = {"max_body_bytes": 1 << 20, "max_buffered_bytes": 4 << 20, "body_timeout_s": 5}
+    gateway = Gateway(app, config=configured(tmp_path, limits=limits), keys=KeyFile(tmp_path / "keys.json"))
+    assert uploads_beside(gateway, [(keys["all"], b"x")] * 32, keys["all"], 1_000_000).status == 200
+
+
+def test_one_tenants_uploads_leave_room_for_those_of_others(tmp_path: Path, keys, app: App) -> None:
+    limits = {"max_body_bytes": 1 << 20, "max_buffered_bytes": 8 << 20, "body_timeout_s": 5}
+    gateway = Gateway(app, config=configured(tmp_path, limits=limits), keys=KeyFile(tmp_path / "keys.json"))
+    held = [(keys["all"], b"x" * 1_000_000)] * 32
+    answer = uploads_beside(gateway, held, keys["all"], 1_000_000)
+    assert (answer.status, answer.json["code"]) == (503, "overloaded")
+    assert uploads_beside(gateway, held, keys["slow"], 1_000_000).status == 200
 
 
 def test_a_tenant_over_its_rate_is_told_when_to_ask_again(client: Client, keys, app: App) -> None:
@@ -372,6 +415,81 @@ def test_a_tenant_over_its_rate_is_told_when_to_ask_again(client: Client, keys, 
 def test_images_of_a_request_count_one_each(client: Client, keys, app: App) -> None:
     app.images = 2
     statuses = [client.ask("POST", "/v1/predict", headers=key(keys["slow"]), chunks=[b"x"]).status for _ in range(2)]
+    assert statuses == [200, 429]
+
+
+def quota_client(tmp_path: Path, app: Any) -> tuple[Client, str]:
+    _, key_of = create_key(tmp_path / "keys.json", KeyRequest(tenant="day", images_per_day=64))
+    return Client(Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))), key_of
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/predict", "multipart/form-data; boundary=x"),
+        ("/v1/embed", "application/json"),
+        ("/v2/models/lite0/infer", "application/octet-stream"),
+        ("/v2/models/lite0/infer", ""),
+    ],
+)
+def test_a_crowd_of_large_requests_stays_within_the_quota(tmp_path: Path, path: str, kind: str) -> None:
+    app, hold = App(images=32), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await hold.wait()
+        await app(scope, receive, send)
+
+    client, key_of = quota_client(tmp_path, slow)
+    headers = key(key_of, *([("content-type", kind)] if kind else []))
+
+    async def crowd() -> list[int]:
+        asks = [
+            asyncio.ensure_future(Client(client.app).asked("POST", path, headers=headers, chunks=[b"x"]))
+            for _ in range(60)
+        ]
+        await asyncio.sleep(0.01)
+        hold.set()
+        return [answer.status for answer in await asyncio.gather(*asks)]
+
+    statuses = asyncio.run(crowd())
+    assert (statuses.count(200), statuses.count(429)) == (2, 58)
+
+
+def test_what_a_request_did_not_hold_is_given_back(tmp_path: Path) -> None:
+    app = App(images=1)
+    client, key_of = quota_client(tmp_path, app)
+    headers = key(key_of, ("content-type", "application/json"))
+    statuses = [client.ask("POST", "/v1/predict", headers=headers, chunks=[b"x"]).status for _ in range(65)]
+    assert (statuses.count(200), statuses[-1]) == (64, 429)
+
+
+def test_who_goes_before_the_answer_has_had_it_all(tmp_path: Path) -> None:
+    async def leave(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    client, key_of = quota_client(tmp_path, leave)
+    headers = key(key_of, ("content-type", "application/json"), ("content-length", "1"))
+
+    async def whole() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    statuses = [client.ask("POST", "/v1/predict", headers=headers, chunks=[whole, gone]).status for _ in range(3)]
+    assert statuses == [0, 0, 429]
+
+
+def test_who_goes_before_the_body_has_come_pays_for_one(tmp_path: Path, app: App) -> None:
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    client, key_of = quota_client(tmp_path, app)
+    headers = key(key_of, ("content-type", "application/json"))
+    for _ in range(63):
+        client.ask("POST", "/v1/predict", headers=[*headers, ("content-length", "9")], chunks=[b"x", gone])
+    statuses = [client.ask("POST", "/v1/predict", headers=headers, chunks=[b"x"]).status for _ in range(2)]
     assert statuses == [200, 429]
 
 
@@ -440,6 +558,19 @@ def test_more_on_its_way_than_can_be_answered_in_time_is_refused_before_its_body
     assert taken == 0
 
 
+def test_what_is_on_its_way_is_judged_by_the_time_of_an_image(tmp_path: Path, keys, app: App, monkeypatch) -> None:
+    told = []
+
+    def end(self: ConcurrencyLimit, seconds: float | None, *, images: int = 1) -> None:
+        told.append(images)
+
+    monkeypatch.setattr(ConcurrencyLimit, "end", end)
+    app.images = 32
+    gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+    Client(gateway).ask("POST", "/v1/predict", headers=key(keys["all"]), chunks=[b"x"])
+    assert told == [32]
+
+
 def test_an_answer_that_is_out_is_on_its_way_no_more(tmp_path: Path, keys) -> None:
     """Serve's proxy ends some time after the answer: it waits for the end of the replica's stream."""
     held, asked = asyncio.Event(), []
@@ -465,6 +596,69 @@ def test_an_answer_that_is_out_is_on_its_way_no_more(tmp_path: Path, keys) -> No
         assert {answer.status for answer in await asyncio.gather(*clients)} == {200}
 
     asyncio.run(asyncio.wait_for(many(), 20))
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/predict"), ("GET", "/openapi.json")])
+def test_a_client_that_does_not_read_its_answer_holds_no_place(tmp_path, keys, app: App, method, path) -> None:
+    gateway = Gateway(app, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+
+    async def whole() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    async def full(message: dict[str, Any]) -> None:
+        await asyncio.Event().wait()  # the connection's buffer is full
+
+    async def many() -> Answer:
+        headers = [(b"authorization", f"Bearer {keys['all']}".encode()), (b"content-length", b"1")]
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "state": {}}
+        held = [asyncio.ensure_future(gateway(dict(scope), whole, full)) for _ in range(200)]
+        while len(app.seen) < 64:
+            await asyncio.sleep(0)
+        quick = await Client(gateway).asked(method, path, headers=key(keys["all"]), chunks=[b"x"])
+        for one in held:
+            one.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        return quick
+
+    assert asyncio.run(asyncio.wait_for(many(), 20)).status == 200
+
+
+def test_health_that_hangs_takes_a_fixed_number_of_places_and_none_of_a_keys(tmp_path: Path, keys) -> None:
+    """Replicas hang: without a bound, who has no key would fill Serve's queue with GET /readyz."""
+    asked: list[str] = []
+
+    async def hanging(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["path"])
+        await hang.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    hang = asyncio.Event()
+    gateway = Gateway(hanging, config=configured(tmp_path), keys=KeyFile(tmp_path / "keys.json"))
+
+    async def crowd() -> list[int]:
+        def ask(method: str, path: str, count: int, **more: Any) -> list[asyncio.Future[Answer]]:
+            asks = [Client(gateway).asked(method, path, **{"headers": [], "chunks": [], **more}) for _ in range(count)]
+            return [asyncio.ensure_future(one) for one in asks]
+
+        waiting = ask("GET", "/readyz", 500) + ask("GET", "/-/healthz", 200)
+        waiting += ask("GET", "/v1/models", 1, headers=key(keys["all"]))
+        waiting += ask("POST", "/v1/predict", 1, headers=key(keys["all"]), chunks=[b"x"])
+        await asyncio.sleep(0.01)
+        hang.set()
+        answers = [answer.status for answer in await asyncio.gather(*waiting)]
+        assert [answer.status for answer in await asyncio.gather(*ask("GET", "/readyz", 64))] == [200] * 64
+        return answers
+
+    statuses = asyncio.run(asyncio.wait_for(crowd(), 20))
+    assert (statuses[:500].count(200), statuses[:500].count(503)) == (64, 436)
+    assert set(statuses[500:]) == {200}
+
+
+@pytest.mark.parametrize(("path", "said"), [("/readyz", b"2"), ("/", b"2"), ("/v1/models", b"11")])
+def test_serve_ends_what_hangs_whoever_asked(client: Client, keys, app: App, path: str, said: bytes) -> None:
+    client.ask("GET", path, headers=key(keys["all"], ("x-request-timeout-seconds", "999")))
+    assert [value for name, value in app.seen[0]["headers"] if name == b"x-request-timeout-seconds"] == [said]
 
 
 def test_a_slow_upload_holds_no_place(tmp_path: Path, keys, app: App) -> None:

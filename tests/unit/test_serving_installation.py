@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import uvicorn.config
 from eagleray.core.errors import ConfigError
-from eagleray.serving import installation
+from eagleray.serving import admission, installation
 from eagleray.serving.access import KeyRequest, create_key
 from eagleray.serving.connections import TARGET
 from eagleray.serving.gateway import Gateway
@@ -73,7 +73,16 @@ def test_the_gateway_and_guarded_connections_are_installed(tmp_path: Path, monke
     assert middleware.cls is Gateway
     assert isinstance(middleware.cls(None, *middleware.args, **middleware.kwargs), Gateway)
     assert uvicorn.config.HTTP_PROTOCOLS["auto"] == TARGET
-    assert (tmp_path / "rates").exists()
+    assert len(list(tmp_path.glob("rates-*"))) == 1
+
+
+def test_nodes_that_share_a_home_share_no_counters(tmp_path: Path, monkeypatch) -> None:
+    """Their monotonic clocks begin elsewhere: a counter of the other node would mean a wait of months."""
+    monkeypatch.setenv(SETTINGS_VARIABLE, str(write_settings(config(tmp_path), tmp_path)))
+    for boot in ("one", "two", "one"):
+        monkeypatch.setattr(admission, "_boot_id", lambda boot=boot: boot)
+        serve_middlewares()
+    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("rates-*")) == ["one", "two"]
 
 
 def test_counters_go_to_the_cache_where_settings_are_read_only(tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_a_line_tells_sizes_times_and_the_decision_and_nothing_of_the_image(tmp_
         assert secret not in text
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o700
     assert next((tmp_path / "log").glob("*.jsonl")).stat().st_mode & 0o777 == 0o600
+
+
+def test_nodes_that_share_a_folder_share_no_file(tmp_path: Path, monkeypatch) -> None:
+    for host in ("node-1", "node-2"):
+        monkeypatch.setattr(request_log.socket, "gethostname", lambda host=host: host)
+        log = RequestLog(tmp_path)
+        log(exchange(b"x"))
+        log.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"requests-node-{number}-{os.getpid()}.jsonl" for number in (1, 2)
+    ]
 
 
 def test_equal_inputs_have_equal_hashes_under_one_key_and_no_others(tmp_path: Path) -> None:

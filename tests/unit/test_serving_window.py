@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from eagleray.serving import window as window_module
 from eagleray.serving.window import Figures, RequestWindow, Watched, together
 
 
@@ -29,6 +31,14 @@ def test_refusals_are_no_failures_and_their_times_do_not_count() -> None:
     assert figures == Figures(requests=6, failures=2, overloaded=1, latency_ms_p99=10.0)
 
 
+def test_a_503_that_came_late_is_a_failure() -> None:
+    """A model that hangs answers nothing but passed deadlines; a rollout's watch took them for overload."""
+    found = RequestWindow(clock=Clock(), late_s=0.1)
+    for seconds, status in ((0.01, 503), (0.1, 503), (0.2, 503), (10.0, 503), (10.0, 422), (10.0, 200)):
+        found.add(seconds, status)
+    assert found.figures() == Figures(requests=6, failures=2, overloaded=2, latency_ms_p99=10_000.0)
+
+
 def test_p99_is_the_value_that_99_of_100_do_not_exceed() -> None:
     times = [(number / 1000, 200) for number in range(1, 101)]
     assert window(*times).figures().latency_ms_p99 == pytest.approx(99.0)
@@ -50,6 +60,29 @@ def test_figures_of_several_processes_add_up_and_the_worst_p99_stands() -> None:
     both = together([Figures(10, 1, 2, 5.0), Figures(20, 0, 0, 50.0), Figures(0, 0, 0, None)])
     assert both == Figures(30, 1, 2, 50.0)
     assert together([]) == Figures(0, 0, 0, None)
+
+
+@pytest.mark.parametrize(("upload_s", "wait_s", "failures"), [(5.0, 0.0, 0), (0.0, 5.0, 1), (5.0, 5.0, 1)])
+def test_a_body_that_comes_slowly_makes_no_refusal_late(
+    upload_s: float, wait_s: float, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, found = Clock(), RequestWindow(late_s=0.1)
+    monkeypatch.setattr(window_module, "time", SimpleNamespace(perf_counter=clock))
+
+    async def receive() -> Any:
+        clock.now += upload_s
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def overloaded(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        clock.now += wait_s
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+
+    async def send(message: Any) -> None:
+        """Nobody reads it."""
+
+    asyncio.run(Watched(overloaded, found)(ASK, receive, send))
+    assert found.figures().failures == failures
 
 
 def serve(app: Any, scope: dict[str, Any]) -> tuple[RequestWindow, list[Any]]:

@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,14 +45,24 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     fsync_dir(path.parent)
 
 
-def write_private(path: str | Path, data: bytes) -> None:
+def write_private(path: str | Path, data: bytes, *, is_like_before: bool = False) -> None:
     """``write_atomic`` for what only its owner may read (mode 0600), from the first byte on, whatever the umask.
 
+    Args:
+        path: Where.
+        data: What.
+        is_like_before: Whether a file that is replaced gives the new one its owner, group and mode.
+
     Raises:
-        StorageError: The storage refused; nothing is published.
+        StorageError: The storage refused, or the owner or group cannot be kept; nothing is published.
     """
     path = Path(path)
     with _aside(path, data, mode=0o600) as aside:
+        if is_like_before and path.exists():
+            before, made = path.stat(), aside.stat()
+            if (before.st_uid, before.st_gid) != (made.st_uid, made.st_gid):
+                os.chown(aside, before.st_uid, before.st_gid)
+            os.chmod(aside, stat.S_IMODE(before.st_mode))
         os.replace(aside, path)
     fsync_dir(path.parent)
 

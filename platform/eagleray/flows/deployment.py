@@ -65,7 +65,7 @@ class Replica:
         self._config, self._generation = load(ServingConfig, overrides=settings), generation
         self._meter = RayMeter()
         self.shelf = ModelShelf(self._config, meter=self._meter)
-        self._window, self._illness = RequestWindow(), ""
+        self._window, self._illness = RequestWindow(late_s=self._config.slo.latency_p99_ms / 1000), ""
         await self.shelf.start()
         self._watch = asyncio.get_running_loop().create_task(self._watch_health())
 
@@ -123,15 +123,20 @@ class Replica:
         }
 
     async def _watch_health(self) -> None:
-        """Runs the canaries in their rhythm. An illness stands: an engine that came back is not trusted."""
-        failures = 0
+        """Runs the canaries in their rhythm. An illness stands: an engine that came back is not trusted.
+
+        A canary is of one engine, and the next one of another: one failure is forgotten when all engines have passed.
+        """
+        engines = _most_engines(self._config)
+        failures = passes = 0
         while failures < CANARY_FAILURES:
             await asyncio.sleep(self._config.canary.period_s)
             try:
                 await self.shelf.check_health()
-                failures = 0
+                passes += 1
+                failures = 0 if passes >= engines else failures
             except Exception as error:  # noqa: BLE001  whatever it is, this replica cannot show that it is well
-                failures += 1
+                failures, passes = failures + 1, 0
                 verdict = f"{type(error).__name__}: {error}"
         self._illness = verdict
 
@@ -171,7 +176,7 @@ def build(config: ServingConfig, *, generation: str = "") -> Any:
 
     Args:
         config: Checked already: what does not fit together is refused before anything starts.
-        generation: Names this deployment among those of an update.
+        generation: Names this deployment among those of an update; with one there are as many replicas as before.
 
     Returns:
         An Application for ``serve.run`` or a builder.
@@ -180,11 +185,17 @@ def build(config: ServingConfig, *, generation: str = "") -> Any:
 
     settings = config.model_dump(mode="json")
     kind = serve.ingress()(routed(Replica, config))
-    return serve.deployment(name=DEPLOYMENT, **options(config))(kind).bind(settings, generation)
+    deployed = serve.deployment(name=DEPLOYMENT, **options(config, is_update=bool(generation)))(kind)
+    return deployed.bind(settings, generation)
 
 
-def options(config: ServingConfig) -> dict[str, Any]:
-    """The deployment's options."""
+def options(config: ServingConfig, *, is_update: bool = False) -> dict[str, Any]:
+    """The deployment's options.
+
+    Args:
+        config: The service.
+        is_update: It runs already.
+    """
     return {
         "max_ongoing_requests": config.limits.max_ongoing_requests,
         # Serve knows no queue of length 0; its shortest is one request
@@ -199,18 +210,22 @@ def options(config: ServingConfig) -> dict[str, Any]:
         "max_surge_percent": int(100 * UPDATE_SHARE),
         "logging_config": log_settings(),
         "ray_actor_options": {"num_cpus": config.memory.cpus, "num_gpus": config.memory.gpus},
-        **_replicas(config),
+        **_replicas(config, is_update=is_update),
     }
 
 
 def replaced_within_s(config: ServingConfig) -> float:
     """The longest time from an engine's hang until Serve starts another replica in its place, in s.
 
-    A canary has just passed; the next ones run into their timeout; Serve asks for the verdict and looks at the answers
-    in turns of its own, which double its period at most.
+    A canary has just passed; the next ones run into their timeout, or meet the model's other engines first; Serve asks
+    for the verdict and looks at the answers in turns of its own, which double its period at most.
     """
-    canary = config.canary
-    return CANARY_FAILURES * (canary.period_s + canary.timeout_s) + 2 * VERDICTS * VERDICT_PERIOD_S
+    canary, engines = config.canary, _most_engines(config)
+    return CANARY_FAILURES * (engines * canary.period_s + canary.timeout_s) + 2 * VERDICTS * VERDICT_PERIOD_S
+
+
+def _most_engines(config: ServingConfig) -> int:
+    return max(entry.engines for entry in config.models)
 
 
 def log_settings() -> dict[str, Any]:
@@ -218,7 +233,7 @@ def log_settings() -> dict[str, Any]:
     return {"encoding": "JSON", "enable_access_log": False, "log_level": "WARNING"}
 
 
-def _replicas(config: ServingConfig) -> Mapping[str, Any]:
+def _replicas(config: ServingConfig, *, is_update: bool) -> Mapping[str, Any]:
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     scale = config.autoscale
@@ -233,7 +248,8 @@ def _replicas(config: ServingConfig) -> Mapping[str, Any]:
         scaling = AutoscalingConfig(
             min_replicas=scale.min_replicas,
             max_replicas=scale.max_replicas,
-            initial_replicas=max(1, scale.min_replicas),
+            # Serve takes it at every deployment, and stops what the load has brought; without it it keeps its target
+            initial_replicas=None if is_update else max(1, scale.min_replicas),
             upscale_delay_s=0.0,
             downscale_delay_s=0.0,
             look_back_period_s=LOOK_BACK_S,

@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
@@ -52,7 +53,10 @@ def routed(kind: type[Any], config: ServingConfig) -> type[Any]:
 
 
 class Touching:
-    """An ASGI app that has the model of a request loaded before the request is answered.
+    """An ASGI app that tells Serve of the model of a request, beside the answer and never in its way.
+
+    Serve loads one model at a time and lets the others wait, and knows no deadline; the app waits for its model by the
+    request's own.
 
     Args:
         app: The app.
@@ -62,11 +66,18 @@ class Touching:
 
     def __init__(self, app: Any, touch: Callable[[str], Awaitable[Any]], names: Collection[str]) -> None:
         self._app, self._touch, self._names = app, touch, names
+        self._touching: dict[str, asyncio.Task[None]] = {}  # one a model, however many ask for it
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serves one connection."""
         name = dict(scope.get("headers", ())).get(HEADER, b"").decode("ascii", "replace")
-        if name in self._names:
+        if name in self._names and name not in self._touching:
+            self._touching[name] = asyncio.create_task(self._tell(name))
+        await self._app(scope, receive, send)
+
+    async def _tell(self, name: str) -> None:
+        try:
             with contextlib.suppress(Refusal, EagleError):  # the app says it, in the form that the client reads
                 await self._touch(name)
-        await self._app(scope, receive, send)
+        finally:
+            del self._touching[name]

@@ -7,7 +7,7 @@ In this order, and each step may end it with the service as it was:
 3. Serve starts replicas with it beside the old ones and stops an old one only when a new one is warm; replicas that do
    not start leave the old ones serving;
 4. while that goes on and for a while after, the new replicas' failures and p99 are held against the SLO; beyond it, the
-   old model is put back the same way and the command ends with exit code 6.
+   old model is put back the same way and the command ends with exit code 6. So it is when the command is stopped.
 
 Example:
     >>> run(RolloutConfig(model="lite0=bundles/lite0-int8", port=8000))["rolled_back"]
@@ -16,11 +16,14 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,16 @@ from pydantic import Field
 from eagleray.core.config import Config, load
 from eagleray.core.errors import ClusterError, ConfigError, EagleError
 from eagleray.core.progress import StatusLine
-from eagleray.flows.rollout_checks import check_probes, refuse_figures, refuse_labels
+from eagleray.flows.rollout_checks import (
+    check_probes,
+    refuse_failed,
+    refuse_figures,
+    refuse_ill,
+    refuse_labels,
+    running_bundle,
+)
 from eagleray.flows.runtime import cluster, first_fault, resolve_address
+from eagleray.serving.models import pinned
 from eagleray.serving.settings import ModelEntry, ServingConfig, SloConfig
 from eagleray.serving.window import Figures, together
 from eagleray.vision.bundle import ModelBundle, load_bundle
@@ -88,7 +99,8 @@ def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigError: No such service or model, or other labels.
-        ArtifactError: The bundle does not hold, or fails its probe set on this hardware.
+        ArtifactError: A bundle does not hold, or fails its probe set on this hardware; or the folder of a model that
+            runs holds another one by now, so there is no way back.
         KpiNotMet: It was taken back, with the figures that it was taken back for.
         ClusterError: Ray or Serve does not answer, or the new replicas did not start.
     """
@@ -103,18 +115,16 @@ def run(config: RolloutConfig, *, is_quiet: bool = False) -> dict[str, Any]:
         handle = _handle(APP)
         old = load(ServingConfig, overrides=_asked(lambda: handle.settings.remote().result(timeout_s=ASK_TIMEOUT_S)))
         entry = _entry(old, name)
-        before = load_bundle(entry.bundle) if Path(entry.bundle).exists() else None
+        before = running_bundle(entry)
         refuse_labels(bundle, before, is_allowed=config.allow_new_labels)
-        previous = before.model_digest if before else ""
-        if before and bundle.model_digest == before.model_digest and _policy(bundle) == _policy(before):
+        previous = entry.digest or (before.model_digest if before else "")
+        if before and entry.digest == bundle.model_digest and _policy(bundle) == _policy(before):
             return {"model": name, "digest": previous, "previous": previous, "is_new": False}
+        changed = entry.model_copy(update={"bundle": str(Path(path).resolve()), "digest": bundle.model_digest})
+        new = old.model_copy(update={"models": tuple(changed if e.name == name else e for e in old.models)})
+        new = pinned(new)  # replicas that start load the other models too
         status.show("asking the bundle its probe set on the service's hardware")
-        changed = entry.model_copy(update={"bundle": str(Path(path).resolve())})
-        change = Change(
-            old=old,
-            new=old.model_copy(update={"models": tuple(changed if e.name == name else e for e in old.models)}),
-            parity=check_probes(changed, old),
-        )
+        change = Change(old=old, new=new, parity=check_probes(changed, old))
         try:
             watched = _put_in(change, config, handle, status)
         finally:
@@ -205,16 +215,41 @@ def _put_in(change: Change, config: RolloutConfig, handle: Any, status: StatusLi
 
     Raises:
         KpiNotMet, ClusterError: As run says; the old settings are deployed again.
+        KeyboardInterrupt: Of Ctrl-C, SIGTERM or a closed terminal; likewise.
     """
+    with _ends_as_ctrl_c():
+        try:
+            return _watch(_deploy(change.new), change.new.slo, config, handle, status)
+        except BaseException as error:  # whatever it is, nobody judges the new model any more
+            back = _deploy(change.old)  # before a word: the terminal may be gone
+            with contextlib.suppress(OSError):
+                status.note(f"taking it back: {error.seen if isinstance(error, EagleError) else 'stopped'}")
+                _await(back, config, handle, status)
+            if not isinstance(error, EagleError):
+                raise
+            seen = f"{error.seen}; the old model serves again"
+            raise type(error)(seen, expected=error.expected, fix=error.fix) from error
+
+
+@contextlib.contextmanager
+def _ends_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM and a closed terminal are Ctrl-C; the ones after the first are not heard, as the way back has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def end(number: int, frame: object) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    saved = {one: signal.signal(one, end) for one in numbers if signal.getsignal(one) is not signal.SIG_IGN}  # nohup
     try:
-        return _watch(_deploy(change.new), change.new.slo, config, handle, status)
-    except (EagleError, KeyboardInterrupt) as error:
-        status.note(f"taking it back: {error.seen if isinstance(error, EagleError) else 'stopped by Ctrl-C'}")
-        _await(_deploy(change.old), config, handle, status)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        seen = f"{error.seen}; the old model serves again"
-        raise type(error)(seen, expected=error.expected, fix=error.fix) from error
+        yield
+    finally:
+        for one, handler in saved.items():
+            signal.signal(one, handler)
 
 
 def _deploy(config: ServingConfig) -> str:
@@ -237,16 +272,18 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
     """Watches the new replicas until they have served alone for watch_s.
 
     Raises:
-        KpiNotMet: They fail or are slow.
-        ClusterError: They do not start.
+        KpiNotMet: They fail or are slow, or one of them died or turned ill: what it had answered went with it.
+        ClusterError: They do not start, or not in time.
     """
     began = time.monotonic()
     alone_since: float | None = None
     while True:
         figures, is_alone = _figures(generation, handle, since_s=time.monotonic() - began)
         refuse_figures(figures, slo, config)
+        application = _application()
+        refuse_ill(application)
         now = time.monotonic()
-        if alone_since is None and _is_running(config, began) and is_alone:
+        if alone_since is None and _is_done(is_alone, application, config, began):
             alone_since = now
         if alone_since is not None and now - alone_since >= config.watch_s:
             return figures
@@ -257,46 +294,53 @@ def _watch(generation: str, slo: SloConfig, config: RolloutConfig, handle: Any, 
 
 
 def _await(generation: str, config: RolloutConfig, handle: Any, status: StatusLine) -> None:
-    """Waits until a deployment serves alone."""
+    """Waits until a deployment serves alone.
+
+    Raises:
+        ClusterError: It does not, or not in time.
+    """
     began = time.monotonic()
-    while not (_is_running(config, began) and _figures(generation, handle, since_s=0.0)[1]):
+    while not _is_done(_figures(generation, handle, since_s=0.0)[1], _application(), config, began):
         status.show("waiting until the old model serves alone")
         time.sleep(POLL_S)
 
 
-def _is_running(config: RolloutConfig, began: float) -> bool:
-    """Whether every replica is of the newest deployment and runs.
+def _is_done(is_alone: bool, application: Any, config: RolloutConfig, began: float) -> bool:
+    """Whether every replica is of the newest deployment and runs; a service of no replicas has none of another.
+
+    Args:
+        is_alone: Whether those that answer are of the newest deployment.
+        application: What Serve says of the service.
+        config: How long it may take.
+        began: Since when it takes.
 
     Raises:
         ClusterError: The replicas do not start, or take longer than they may.
     """
-    from ray import serve
-
-    from eagleray.flows.deployment import APP
-
-    application = _asked(serve.status).applications.get(APP)
-    state = "gone" if application is None else str(application.status.value)
-    if state == "RUNNING":
+    state = refuse_failed(application)
+    if state == "RUNNING" and (is_alone or not _count(application)):
         return True
-    if state in ("DEPLOY_FAILED", "gone"):
-        raise ClusterError(
-            f"the new replicas did not start: {_last_line(application)}",
-            expected="replicas that load the bundle and stay",
-            fix="try it with `eagleray predict`; look at `serve status`",
-        )
     if time.monotonic() - began > config.timeout_s:
         raise ClusterError(
-            f"the new replicas did not serve within {config.timeout_s:g} s; the service is {state.lower()}",
+            f"the new replicas did not serve alone within {config.timeout_s:g} s; the service is {state.lower()}",
             expected="room for a new replica beside the old ones",
             fix="free CPUs, GPUs or memory, or raise timeout_s",
         )
     return False
 
 
-def _last_line(application: Any) -> str:
-    messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    lines = [line for text in messages for line in str(text).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no reason is given"
+def _application() -> Any:
+    """What Serve says of the service; None where it is gone."""
+    from ray import serve
+
+    from eagleray.flows.deployment import APP
+
+    return _asked(serve.status).applications.get(APP)
+
+
+def _count(application: Any) -> int:
+    """Its replicas, those that start or stop among them."""
+    return sum(sum(one.replica_states.values()) for one in application.deployments.values())
 
 
 def _figures(generation: str, handle: Any, *, since_s: float) -> tuple[Figures, bool]:

@@ -8,19 +8,33 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagleray.core.errors import ClusterError, ConfigError, EagleError, KpiNotMet
 from eagleray.flows.pool import error_json, rebuild_error
 from eagleray.flows.runtime import first_fault
+from eagleray.serving.models import bundle_of
 from eagleray.serving.settings import ModelEntry, ServingConfig, SloConfig
 from eagleray.serving.window import Figures
-from eagleray.vision.bundle import ModelBundle, load_bundle
+from eagleray.vision.bundle import ModelBundle
 
 if TYPE_CHECKING:
     from eagleray.flows.rollout import RolloutConfig
 
 CHECK_TIMEOUT_S = 600.0
+
+
+def running_bundle(entry: ModelEntry) -> ModelBundle | None:
+    """The bundle of a model that runs, which the way back needs.
+
+    Returns:
+        None where the entry does not say which model it was deployed with and nothing lies in its folder here.
+
+    Raises:
+        ArtifactError: Its folder holds it no more.
+    """
+    return bundle_of(entry) if entry.digest is not None or Path(entry.bundle).exists() else None
 
 
 def refuse_labels(bundle: ModelBundle, before: ModelBundle | None, *, is_allowed: bool) -> None:
@@ -82,7 +96,7 @@ def answer_probes(entry: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         model = ModelEntry(**entry)
-        bundle, runtime = load_bundle(model.bundle), model.runtime
+        bundle, runtime = bundle_of(model), model.runtime
         if runtime == "auto":
             runtime = choose_runtime(bundle, threads=model.threads, device=model.device).name
         parity = check_parity(bundle, runtime, threads=model.threads, device=model.device)
@@ -110,3 +124,49 @@ def refuse_figures(figures: Figures, slo: SloConfig, config: RolloutConfig) -> N
             expected=f"at most {most_errors:.2%} failed and p99 <= {most_ms:g} ms",
             fix="look into it with `eagleray evaluate` and `eagleray export --check`",
         )
+
+
+def refuse_failed(application: Any) -> str:
+    """Holds a deployment to its start.
+
+    Args:
+        application: Serve's status of it; None where it is gone.
+
+    Returns:
+        The state, in Serve's word.
+
+    Raises:
+        ClusterError: Its replicas do not start, or somebody has deleted it.
+    """
+    state = "gone" if application is None else str(application.status.value)
+    if state in ("DEPLOY_FAILED", "gone"):
+        raise ClusterError(
+            f"the new replicas did not start: {_last_line(application)}",
+            expected="replicas that load the bundle and stay",
+            fix="try it with `eagleray predict`; look at `serve status`",
+        )
+    return state
+
+
+def refuse_ill(application: Any) -> None:
+    """Holds the new replicas to their health, which Serve tells of the newest deployment alone.
+
+    Args:
+        application: As for refuse_failed.
+
+    Raises:
+        KpiNotMet: One died, or its canary failed: its requests failed with it, and its figures are gone.
+        ClusterError: As refuse_failed says.
+    """
+    if refuse_failed(application) == "UNHEALTHY":
+        raise KpiNotMet(
+            f"a new replica died or turned ill: {_last_line(application)}",
+            expected="replicas that stay well while they are watched",
+            fix="look into its log by `serve status` and Ray's dashboard; try the bundle with `eagleray predict`",
+        )
+
+
+def _last_line(application: Any) -> str:
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    lines = [line for text in messages for line in str(text).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no reason is given"

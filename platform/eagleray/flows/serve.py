@@ -38,7 +38,6 @@ from eagleray.serving.settings import (
     ServingConfig,
     SloConfig,
 )
-from eagleray.vision.bundle import load_bundle
 
 WATCH_PERIOD_S = 5.0
 KEYS, KEY_HEADER = "keys.json", "key"
@@ -131,18 +130,18 @@ def run(config: ServeConfig, *, announce: Callable[[Running], None], is_quiet: b
         EagleError: It does not start.
     """
     from eagleray.flows import serve_local
+    from eagleray.serving.models import pinned
 
     began, note = time.monotonic(), notes(is_quiet=is_quiet)
     with serve_local.private_folder() as folder:
-        serving = _prepared(config, folder)
-        digests = [load_bundle(entry.bundle).model_digest for entry in serving.models]  # refused before Ray starts
+        serving = pinned(_prepared(config, folder))  # a bundle that does not hold is refused before Ray starts
         with serve_local.started(serving, folder, metrics_port=config.metrics_port) as service, _interrupts() as ended:
             up = time.monotonic()
             announce(
                 Running(
                     url=service.url,
                     models=tuple(entry.name for entry in serving.models),
-                    version=digests[0][:12],
+                    version=(serving.models[0].digest or "")[:12],
                     key_file=folder / KEY_HEADER if serving.access.auth == "keys" and not config.keys else None,
                     needs_key=serving.access.auth == "keys",
                     is_tls=serving.http.tls_cert is not None,

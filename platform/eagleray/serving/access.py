@@ -5,8 +5,9 @@ shown once. Kept is HMAC-SHA256(salt, secret). A slow password hash (argon2, bcr
 make guesses of a human's password dear, and 2^256 guesses are out of reach at any price, while every request pays for
 the hash. Comparison takes the same time wherever the secrets differ, and as long for an id that does not exist.
 
-The file is read again when it changes, so that a revoked key ends within CHECK_EVERY_S; a file that is gone opens
-nothing; one that does not hold (a slip while editing by hand) leaves the keys that were read last, and says so.
+The file is read again when it changes, so that a revoked key ends within CHECK_EVERY_S; a file that is gone, may not be
+read or is not safe opens nothing, until it is mended; one that does not hold (a slip while editing by hand) leaves the
+keys that were read last, and says so.
 
 Example:
     >>> record, key = create_key("keys.json", KeyRequest(tenant="acme", models=("lite0",)))
@@ -16,6 +17,7 @@ Example:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -46,6 +48,7 @@ KEY = re.compile(r"er_([0-9a-f]{12})_([0-9a-f]{64})")
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CHECK_EVERY_S = 1.0  # how often the file is looked at: how long a revoked key may still work in a process
 UNREADABLE = 0o027  # mode bits that a key file must not have; group-read is what a Kubernetes secret with fsGroup needs
+PASSING = frozenset([errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM])  # says nothing of the file itself
 _NO_KEY = ("0" * 32, "0" * 64)  # salt and digest that an unknown id is compared with
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -143,6 +146,10 @@ class KeyList(Config):
         return self
 
 
+class Unreadable(ConfigError):
+    """A key file that cannot be opened, or is not safe: what it says is not known."""
+
+
 class KeyFile:
     """The keys of a file, as a running service asks them.
 
@@ -190,16 +197,20 @@ class KeyFile:
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return
-        self._stamp = stamp
-        if stamp is None:
-            LOG.error("the key file %s is gone: no key opens anything", self._path)
-            self._keys = {}
-            return
         try:
-            self._keys = {key.id: key for key in read_keys(self._path).keys}
+            keys = read_keys(self._path).keys
+        except Unreadable as error:  # its stamp is not kept: it is tried again
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in PASSING:
+                LOG.error("the key file %s cannot be read now, the keys read last stay: %s", self._path, error.seen)
+                return
+            if self._keys or self._stamp is not None:
+                LOG.error("no key opens anything: %s", error.seen)
+            self._keys, self._stamp = {}, None
         except ConfigError as error:
             LOG.error("the key file %s does not hold, the keys read last stay: %s", self._path, error.seen)
+            self._stamp = stamp
         else:
+            self._keys, self._stamp = {key.id: key for key in keys}, stamp
             LOG.info("the key file %s was read again: %d keys", self._path, len(self._keys))
 
 
@@ -278,13 +289,13 @@ def read_keys(path: str | Path) -> KeyList:
             mode, owner = os.fstat(file.fileno()).st_mode, os.fstat(file.fileno()).st_uid
             text = file.read()
     except FileNotFoundError:
-        raise ConfigError(
+        raise Unreadable(
             f"no key file at {path}", expected="a file of API keys", fix=f"eagleray apikeys create --keys {path} ..."
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", expected="a readable key file", fix="mend it") from error
+        raise Unreadable(f"{path}: {error.strerror}", expected="a readable key file", fix="mend it") from error
     if stat.S_IMODE(mode) & UNREADABLE or owner not in (os.getuid(), 0):
-        raise ConfigError(
+        raise Unreadable(
             f"{path} has mode {stat.S_IMODE(mode):04o}, owner {owner}",
             expected="a key file of this user or root that no other may write and not everybody may read",
             fix=f"chmod 600 {path}",
@@ -302,13 +313,13 @@ def _digest(salt: str, secret: str) -> str:
     return hmac.new(bytes.fromhex(salt), secret.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when the file does; None when it is not there."""
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when the file, its mode or its owner does; None when it is not there."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
@@ -320,4 +331,5 @@ def _writing(path: Path) -> AbstractContextManager[None]:
 
 
 def _write(path: Path, keys: KeyList) -> None:
-    write_private(path, (json.dumps(keys.model_dump(mode="json"), indent=1) + "\n").encode())
+    """Replaces the file; it stays as readable as it was for the service, which may run as another user."""
+    write_private(path, (json.dumps(keys.model_dump(mode="json"), indent=1) + "\n").encode(), is_like_before=True)

@@ -14,11 +14,14 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import math
 import mmap
 import os
+import re
+import socket
 import struct
 import time
 from collections import OrderedDict
@@ -104,22 +107,37 @@ class RateLimiter:
     ) -> None:
         self._ledger, self._clock, self._wall = ledger, clock, wall
 
-    def admit(self, tenant: str, rates: Rates, images: int = 1) -> None:
+    def admit(self, tenant: str, rates: Rates, images: int = 1, *, most: int = 0) -> int:
         """Lets a request in and counts it.
+
+        Args:
+            tenant: Who asks.
+            rates: What it may ask.
+            images: Those that the request is known to hold.
+            most: Those that it may hold: so many, or what is left, are kept from the day's quota until ``settle`` tells
+                how many there were. Else a crowd of large requests would be let in by one image each.
+
+        Returns:
+            How many were counted to the quota.
 
         Raises:
             Refusal: 429 with Retry-After: the rate or the quota is used; nothing is counted.
         """
-        now_s, wall_s = self._clock(), self._wall()
+        now_s, wall_s, held = self._clock(), self._wall(), images
 
         def step(counter: Counter) -> float:
+            nonlocal held
             over_s = _over(counter, rates, images, now_s)
             if over_s > 0:
                 return over_s
             _turn(counter, wall_s)
-            if rates.images_per_day is not None and counter.used + images > rates.images_per_day:
-                return -1.0
+            if rates.images_per_day is not None:
+                left = rates.images_per_day - counter.used
+                if images > left:
+                    return -1.0
+                held = min(max(images, most), left)
             _count(counter, rates, images, now_s)
+            counter.used += held - images
             return 0.0
 
         verdict = self._ledger.change(tenant, step)
@@ -127,20 +145,26 @@ class RateLimiter:
             raise rate_limited(verdict)
         if verdict < 0:
             raise quota_used(DAY_S - wall_s % DAY_S)
+        return held
 
-    def charge(self, tenant: str, rates: Rates, images: int) -> None:
-        """Counts images of a request that was let in before their number was known; what is too much delays the next.
+    def settle(self, tenant: str, rates: Rates, images: int, *, counted: int = 1, held: int = 1) -> None:
+        """Counts a request that was let in before the number of its images was known; what is too much delays the next.
 
         Args:
-            images: Beyond those that ``admit`` counted.
+            tenant: Who asked.
+            rates: What it may ask.
+            images: Those that there were.
+            counted: Those that ``admit`` was told of.
+            held: What it returned.
         """
-        if images <= 0:
+        if images <= counted and images == held:
             return
         now_s, wall_s = self._clock(), self._wall()
 
         def step(counter: Counter) -> float:
             _turn(counter, wall_s)
-            _count(counter, rates, images, now_s)
+            _count(counter, rates, max(0, images - counted), now_s)
+            counter.used = max(0, counter.used - max(0, images - counted) + images - held)
             return 0.0
 
         self._ledger.change(tenant, step)
@@ -192,8 +216,11 @@ class FileLedger:
     A process that dies inside a step leaves the lock free (the kernel does it); one that is stopped inside a step is
     waited for some 10 ms, then the step runs without the lock: a count may be lost, requests are not.
 
+    A file is never made smaller or emptied: another process may have it mapped, and would die. One of another form is
+    left to those who use it, and a new one takes its name.
+
     Args:
-        path: The file; made (mode 0600) when there is none. One of another size or another boot is begun anew.
+        path: The file, see ``ledger_name``; made (mode 0600) when there is none.
         most: Tenants that are kept, at least; twice as many slots are made.
 
     Raises:
@@ -208,19 +235,15 @@ class FileLedger:
     def __init__(
         self, path: str | Path, most: int = MOST_TENANTS, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._slots = max(self.PROBES, 1 << math.ceil(math.log2(2 * most)))
+        self._slots = _slots(most)
         self._clock = clock
-        head = (self.MAGIC + struct.pack("<I", self._slots) + _boot_id()).ljust(self.HEAD, b"\0")
+        head = (self.MAGIC + struct.pack("<I", self._slots) + _boot_id().encode()).ljust(self.HEAD, b"\0")
         size = self.HEAD + self._slots * self.SLOT.size
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            if os.fstat(self._fd).st_size != size or os.pread(self._fd, self.HEAD, 0) != head:
-                os.ftruncate(self._fd, 0)
-                os.ftruncate(self._fd, size)
-                os.pwrite(self._fd, head, 0)
+            while (fd := _open_ledger(path, head, size)) is None:
+                pass
+            self._fd = fd
             self._map = mmap.mmap(self._fd, size)
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
         except OSError as error:
             raise storage_error(error, f"opening the counters {path}") from error
 
@@ -266,9 +289,52 @@ class FileLedger:
         return oldest, Counter()
 
 
-def _boot_id() -> bytes:
-    """What differs after a restart of the machine: its monotonic clock begins again."""
+def ledger_name(service: str, most: int = MOST_TENANTS) -> str:
+    """The name of a FileLedger's file: of one service, one form, and one clock.
+
+    The folder may be shared by nodes, whose monotonic clocks differ, or by services.
+
+    Args:
+        service: What tells the service from others, e.g. the path of its settings.
+        most: As FileLedger.
+    """
+    return f"rates-{_boot_id()}-{_slots(most)}-{hashlib.blake2b(service.encode(), digest_size=8).hexdigest()}"
+
+
+def _slots(most: int) -> int:
+    return max(FileLedger.PROBES, 1 << math.ceil(math.log2(2 * most)))
+
+
+def _open_ledger(path: str | Path, head: bytes, size: int) -> int | None:
+    """A descriptor of a ledger that holds; None when it did not, or another process was quicker: try again.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        found = os.fstat(fd)
+        if found.st_size == 0:
+            os.ftruncate(fd, size)
+            os.pwrite(fd, head, 0)
+        elif found.st_size != size or os.pread(fd, len(head), 0) != head:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == found.st_ino:
+                    os.unlink(path)
+            os.close(fd)
+            return None
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        raise
+    return fd
+
+
+def _boot_id() -> str:
+    """What differs after a restart of the machine, and on another one: their monotonic clocks begin elsewhere."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
-        return b"unknown"
+        return re.sub(r"[^A-Za-z0-9.]", "-", socket.gethostname())[:36]

@@ -44,39 +44,68 @@ class Budget:
 
     Args:
         max_bytes: The sum.
+        most_each: What one tenant's may hold of it; None = all.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, most_each: int | None = None) -> None:
         self._free = max_bytes
+        self._most_each = max_bytes if most_each is None else most_each
+        self._held: dict[str, int] = {}  # of tenants that hold any
 
     @property
     def free_bytes(self) -> int:
         """What is left."""
         return self._free
 
-    def take(self, size: int) -> None:
+    def check(self, size: int, tenant: str) -> None:
+        """Whether a tenant may take a part.
+
+        Raises:
+            Refusal: 503: less than that is left, of all or of the tenant's share.
+        """
+        if size > min(self._free, self._most_each - self._held.get(tenant, 0)):
+            raise overloaded(RETRY_S)
+
+    def take(self, size: int, tenant: str) -> None:
         """Takes a part.
 
         Raises:
-            Refusal: 503: less than that is left.
+            Refusal: As check.
         """
-        if size > self._free:
-            raise overloaded(RETRY_S)
+        self.check(size, tenant)
         self._free -= size
+        self._held[tenant] = self._held.get(tenant, 0) + size
 
-    def give(self, size: int) -> None:
+    def give(self, size: int, tenant: str) -> None:
         """Gives a part back."""
         self._free += size
+        left = self._held.pop(tenant, 0) - size
+        if left > 0:
+            self._held[tenant] = left
 
 
 class Body:
-    """One body; ``release`` when nobody needs it any more."""
+    """One body; ``release`` when nobody needs it any more.
 
-    def __init__(self, budget: Budget) -> None:
+    Args:
+        budget: What it is counted against.
+        tenant: Whose it is; may be set until the first byte is read.
+    """
+
+    def __init__(self, budget: Budget, tenant: str = "") -> None:
+        self.tenant = tenant
         self.data = b""
         self.num_read = 0  # bytes that arrived, of a refused body too
         self.is_whole = False
         self._budget, self._taken = budget, 0
+
+    def announce(self, size: int) -> None:
+        """Whether so many bytes could be held now; nothing is taken for what has not come.
+
+        Raises:
+            Refusal: 503.
+        """
+        self._budget.check(size, self.tenant)
 
     def reserve(self, size: int) -> None:
         """Takes what is missing to ``size`` bytes from the budget.
@@ -85,12 +114,12 @@ class Body:
             Refusal: 503.
         """
         if size > self._taken:
-            self._budget.take(size - self._taken)
+            self._budget.take(size - self._taken, self.tenant)
             self._taken = size
 
     def release(self) -> None:
         """Gives the budget back and forgets the bytes."""
-        self._budget.give(self._taken)
+        self._budget.give(self._taken, self.tenant)
         self.data, self._taken = b"", 0
 
 
@@ -135,7 +164,7 @@ async def read_body(receive: Receive, body: Body, *, declared: int | None, limit
     if declared is not None:
         if declared > limits.max_bytes:
             raise too_large(limits.max_bytes)
-        body.reserve(declared)
+        body.announce(declared)
     try:
         async with asyncio.timeout(limits.timeout_s):
             await _collect(receive, body, limits.max_bytes)

@@ -302,7 +302,8 @@ class Endpoint:
         try:
             reply = await self._reply(call)
             exchange.status = reply.status
-            if exchange.batch is not None:  # what was refused unanswered is not charged by its images
+            # What was refused unanswered is not charged by its images, but for a client that gave too little time
+            if exchange.batch is not None or exchange.code == "deadline_passed":
                 reply.headers.append((IMAGES_HEADER, str(exchange.num_images).encode()))
             await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
             await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else reply.body})

@@ -8,6 +8,7 @@ promised. Requests beyond it are refused before their body is read, which costs 
 The number rises by one each round while answers are fast and falls by a part when they are slow (additive increase,
 multiplicative decrease: Chiu and Jain 1989, as TCP and Netflix's concurrency-limits do). Slow is what is slower than
 promised, and than LEAST_FACTOR times the fastest answer: a model that takes longer than is promised is still served.
+The time is that of an image: few large requests say nothing against many small ones.
 After a stall, once answers are fast again, it goes back to where it began, whether it is used or not.
 
 Example:
@@ -76,15 +77,17 @@ class ConcurrencyLimit:
         self.check()
         self._ongoing += 1
 
-    def end(self, seconds: float | None) -> None:
+    def end(self, seconds: float | None, *, images: int = 1) -> None:
         """One that began is over.
 
         Args:
             seconds: From its beginning to its answer; None when it had none, or what it took says nothing.
+            images: That it held: one of many takes longer, which is not the service's slowness.
         """
         self._ongoing -= 1
         if seconds is None:
             return
+        seconds /= max(1, images)
         now_s = self._clock()
         forgotten = 1.0 + FORGET_PER_S * (now_s - self._seen_s)
         self._seen_s = now_s
@@ -98,3 +101,35 @@ class ConcurrencyLimit:
             self._limit = min(MOST, self._limit + 1 / self._limit)
         if self._smoothed_s < FAST_SHARE * slow_s and self._limit < self._first:
             self._limit = min(self._first, self._limit + RECOVERY)
+
+
+class Places:
+    """A fixed number of places, for what is not worth a measure.
+
+    Args:
+        most: How many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+
+    def take(self) -> Callable[[], None]:
+        """Takes one.
+
+        Returns:
+            What gives it back; called again it does nothing.
+
+        Raises:
+            Refusal: 503: none is free.
+        """
+        if self._free == 0:
+            raise overloaded(RETRY_S)
+        self._free -= 1
+        is_taken = True
+
+        def give() -> None:
+            nonlocal is_taken
+            self._free += is_taken
+            is_taken = False
+
+        return give

@@ -4,7 +4,9 @@ uvicorn 0.49 waits without end for a request's head, takes one of any size (and 
 reads up to 256 KB ahead of the app (uvloop's read size). ASGI middleware sees a request only once its head has come, so
 this stands below it: a client that sends its head a byte a second is told 408 and closed, one whose head is too large
 431, one connection too many 503; and a body is read in pieces of READ_BYTES, the next one when the app has taken the
-last. So a refused upload has taken no more than its limit and one piece.
+last. So a refused upload has taken no more than its limit and one piece. Nor does uvicorn give up a client that never
+reads its answers: it waits for it, and so does a connection that is closed with bytes unsent. Here such a connection is
+cut after ``body_timeout_s``: answers must be taken as fast as bodies must come.
 
 Serve builds its servers itself and leaves no door for a protocol class; ``install`` puts this one in uvicorn's own
 table under the name that Serve's servers use ("auto").
@@ -36,7 +38,7 @@ def install(limits: LimitsConfig) -> None:
     """Makes every uvicorn server that this process starts from now on use GuardedProtocol with these limits.
 
     Args:
-        limits: ``head_timeout_s``, ``max_head_bytes`` and ``max_connections`` count here.
+        limits: ``head_timeout_s``, ``max_head_bytes``, ``max_connections`` and ``body_timeout_s`` count here.
     """
     global _limits
     _limits = limits
@@ -47,16 +49,66 @@ class HeadTooLarge(Exception):
     """A request's head is over its limit."""
 
 
+class _Transport:
+    """A connection's transport, for a client that does not read: what is unsent a while after the close is dropped.
+
+    Args:
+        transport: The loop's.
+        loop: That loop.
+        within_s: The time in which what was sent must be taken, once the client has stopped reading or all is sent.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, within_s: float) -> None:
+        self._transport, self._loop, self._within_s = transport, loop, within_s
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._is_lost = False
+        self.write, self.is_closing, self.abort = transport.write, transport.is_closing, transport.abort
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        """Sends what is unsent, for a while, and closes."""
+        self._transport.close()
+        self._abort_later("close")
+
+    def cut(self) -> None:
+        """Closes, and drops what is unsent."""
+        self._transport.abort() if self._transport.get_write_buffer_size() else self.close()
+
+    def pause(self) -> None:
+        """The client does not read."""
+        self._abort_later("pause")
+
+    def resume(self) -> None:
+        """It reads again."""
+        if timer := self._timers.pop("pause", None):
+            timer.cancel()
+
+    def lost(self) -> None:
+        """The connection is over."""
+        self._is_lost = True
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+    def _abort_later(self, why: str) -> None:
+        if not self._is_lost and why not in self._timers:
+            self._timers[why] = self._loop.call_later(self._within_s, self._transport.abort)
+
+
 class _Parser(HttpToolsProtocol):
     """uvicorn's protocol, with what happens to heads and bodies made known."""
 
     def __init__(self, *args: Any, limits: LimitsConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
+        self.ending: _Transport
         self._timer: asyncio.TimerHandle | None = None
         self.in_head = False
         self.is_whole = True  # whether all of the current request has come
         self.has_body = False  # whether what was fed last held a byte of a body
+        self.has_begun = False  # whether a head began in it, perhaps behind the end of a body
         self._refused_as = 0
 
     def wait_for_head(self) -> None:
@@ -83,7 +135,7 @@ class _Parser(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
-        self.in_head, self.is_whole = True, False
+        self.in_head, self.is_whole, self.has_begun = True, False, True
         self.wait_for_head()
 
     def on_headers_complete(self) -> None:
@@ -130,7 +182,7 @@ class _Parser(HttpToolsProtocol):
         if self.in_head:
             self.refuse(408)
         else:
-            self.transport.close()
+            self.ending.cut()
 
 
 class GuardedProtocol(asyncio.BufferedProtocol):
@@ -155,7 +207,8 @@ class GuardedProtocol(asyncio.BufferedProtocol):
         """Takes a connection, or refuses it where there are too many."""
         parser = self._parser
         is_full = len(parser.connections) >= self._limits.max_connections
-        parser.connection_made(transport)  # type: ignore[arg-type]
+        parser.ending = _Transport(transport, parser.loop, self._limits.body_timeout_s)  # type: ignore[arg-type]
+        parser.connection_made(parser.ending)  # type: ignore[arg-type]
         if is_full:
             parser.refuse(503)
         else:
@@ -170,14 +223,15 @@ class GuardedProtocol(asyncio.BufferedProtocol):
         parser = self._parser
         if parser.parser is None or parser.transport.is_closing():
             return
-        parser.has_body = False
+        parser.has_body = parser.has_begun = False
         parser.data_received(bytes(self._buffer[:nbytes]))
         # Counted: a head, and what stands in a body's place and is none of it (trailers, which the parser keeps)
         if not parser.in_head and (parser.is_whole or parser.has_body):
             self._head_bytes = 0
             parser.wait_if_idle()
             return
-        self._head_bytes += nbytes
+        # Of a read in which a head began the parser does not tell how much is head; of a whole head it does
+        self._head_bytes = 0 if parser.has_begun else self._head_bytes + nbytes
         if self._head_bytes > self._limits.max_head_bytes:
             parser.refuse(431)
 
@@ -188,14 +242,17 @@ class GuardedProtocol(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is over."""
         self._parser.stop_waiting()
+        self._parser.ending.lost()
         self._parser.connection_lost(exc)
 
     def pause_writing(self) -> None:
         """The client does not read."""
+        self._parser.ending.pause()
         self._parser.pause_writing()
 
     def resume_writing(self) -> None:
         """It reads again."""
+        self._parser.ending.resume()
         self._parser.resume_writing()
 
 

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eagleray.serving.access import KeyFile
 from eagleray.serving.admission import MemoryLedger, RateLimiter, Rates
 from eagleray.serving.bodies import BodyLimits, Budget, ClientGone, declared_size, read_body
-from eagleray.serving.concurrency import TARGET_SHARE, ConcurrencyLimit
+from eagleray.serving.concurrency import TARGET_SHARE, ConcurrencyLimit, Places
 from eagleray.serving.outbound import Outbound
 from eagleray.serving.passport import ANY, STATE_KEY, Passport
 from eagleray.serving.paths import PROXY_HEALTH, PROXY_PATHS
@@ -63,8 +63,12 @@ DROPPED = frozenset(
 OURS = b"x-eagleray-"
 MULTIPLEXED = b"serve_multiplexed_model_id"  # Serve's router prefers a replica that has this model in memory
 TIMEOUT_SLACK_S = 1.0  # the app answers a passed deadline itself; Serve's timeout is for a replica that hangs
+SINGLE_TYPES = (b"", b"application/octet-stream")  # beside image/*: the body is the image
 LINGER_S = 0.5  # a refused upload's connection is closed so much later: a client that still sends can read the answer
 TRIES = 2
+MOST_ASIDE = 64  # what asks nothing of a model, at a time: Serve's queue is for what does
+OPEN_TIMEOUT_S = 2.0  # what anybody may ask is answered at once, or the replica hangs
+TENANT_SHARE = 0.25  # of the bytes that all bodies may hold
 
 
 class Gateway:
@@ -98,9 +102,12 @@ class Gateway:
         self._watch = watch or Watch()
         limits = config.limits
         self._limits = BodyLimits(limits.max_body_bytes, limits.body_timeout_s)
-        self._budget = Budget(limits.max_buffered_bytes)
+        # One tenant's uploads leave room for those of others; without keys there is one
+        share = max(limits.max_body_bytes, int(TENANT_SHARE * limits.max_buffered_bytes)) if self._keys else None
+        self._budget = Budget(limits.max_buffered_bytes, share)
         self._target_s = TARGET_SHARE * config.max_queue_s
         self._concurrency = ConcurrencyLimit(self._target_s)
+        self._open_places, self._other_places = Places(MOST_ASIDE), Places(MOST_ASIDE)
         self._models = tuple(entry.name for entry in config.models)
         self._has_more_than_fit = len(self._models) > config.memory.max_loaded_models
 
@@ -123,7 +130,7 @@ class Gateway:
             if visit.target.action:
                 await self._pass_on_in_turn(visit, receive, outbound)
             else:
-                await self._pass_on(visit, receive, outbound)
+                await self._pass_on_aside(visit, receive, outbound)
             visit.status = outbound.status
         except ClientGone:
             pass
@@ -132,6 +139,7 @@ class Gateway:
             await self._refuse(visit, refusal, outbound)
         finally:
             visit.end()
+            self._settle(visit, outbound)
             self._watch.tell(visit, self._models)
 
     def _check(self, visit: Visit) -> None:
@@ -148,6 +156,7 @@ class Gateway:
         visit.declared = declared_size(headers)
         if not target.is_open:
             self._identify(visit, headers)
+            visit.body.tenant = visit.tenant
             self._authorize(visit)
         if target.types and visit.declared != 0 and not target.takes(first(headers, b"content-type").decode("latin-1")):
             raise unsupported_media_type(target.types)
@@ -178,7 +187,48 @@ class Gateway:
             self._concurrency.check()
         if visit.rates is not None:
             # What only tells of models is let in at the rate, and counts nothing of it
-            self._limiter.admit(visit.tenant, visit.rates, 1 if target.action else 0)
+            images = 1 if target.action else 0
+            visit.held = self._limiter.admit(visit.tenant, visit.rates, images, most=self._most_images(visit))
+
+    def _most_images(self, visit: Visit) -> int:
+        """How many images a request may hold, by its type: an image's own body holds one."""
+        if not visit.target.action:
+            return 0
+        kind = first(visit.scope["headers"], b"content-type").partition(b";")[0].strip().lower()
+        is_one = visit.target.route != "infer" and (kind in SINGLE_TYPES or kind.startswith(b"image/"))
+        return 1 if is_one else self._config.limits.max_images_per_request
+
+    def _settle(self, visit: Visit, outbound: Outbound) -> None:
+        """Counts the images of a request, once: those that the app tells of.
+
+        Who goes, or whose time is over, once the app has the request has had it work for all that there may have been.
+        """
+        if visit.rates is None or not visit.held:
+            return
+        held, visit.held = visit.held, 0
+        if outbound.is_answered:
+            images = max(1, outbound.num_images)
+        elif visit.taken_s and visit.code in ("", "deadline_passed"):
+            images = max(held, self._most_images(visit))
+        else:
+            images = 1
+        self._limiter.settle(visit.tenant, visit.rates, images, held=held)
+
+    async def _pass_on_aside(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
+        """``_pass_on`` of what asks nothing of a model. Who has no key takes no place of those who have one.
+
+        Raises:
+            Refusal: 503 when the places are taken, and as ``_pass_on``.
+        """
+        if visit.scope["path"] == PROXY_HEALTH:  # the proxy answers it: no replica's queue is behind it
+            await self._pass_on(visit, receive, outbound)
+            return
+        give = (self._open_places if visit.target.is_open else self._other_places).take()
+        outbound.on_answer = give
+        try:
+            await self._pass_on(visit, receive, outbound)
+        finally:
+            give()
 
     async def _pass_on_in_turn(self, visit: Visit, receive: Receive, outbound: Outbound) -> None:
         """``_pass_on``, counted among what is on its way.
@@ -191,15 +241,17 @@ class Gateway:
 
         def end() -> None:
             nonlocal is_on_its_way
+            if outbound.is_answered:
+                self._settle(visit, outbound)
             if is_on_its_way:
                 is_on_its_way, spent_s = False, time.monotonic() - began_s
                 # A quick 503 says nothing of how long answers take
                 is_telling = 0 < outbound.status < 500 or spent_s > self._target_s
-                self._concurrency.end(spent_s if is_telling else None)
+                self._concurrency.end(spent_s if is_telling else None, images=outbound.num_images)
 
-        # With the last of the answer, not with the app's end: Serve's proxy has still to hear the end of the replica's
-        # stream then, and a client that asks again at once would find its own last request on its way
-        outbound.on_end = end
+        # With the answer, not with the app's end: Serve's proxy has still to hear the end of the replica's stream then,
+        # and a client that asks again at once would find its own last request on its way, one that reads slowly hold it
+        outbound.on_answer = end
         try:
             await self._pass_on(visit, receive, outbound)
         finally:
@@ -223,8 +275,6 @@ class Gateway:
                 raise deadline_passed()
         else:
             raise not_ready("the replica that had the request is gone; ask again")
-        if visit.rates is not None and visit.target.action:
-            self._limiter.charge(visit.tenant, visit.rates, outbound.num_images - 1)
 
     async def _ask(self, scope: Scope, inbound: _Inbound, outbound: Outbound) -> None:
         """One try.
@@ -264,9 +314,9 @@ class Gateway:
         if self._has_more_than_fit and visit.target.action and asked in self._models:
             headers.append((MULTIPLEXED, asked.encode()))
         state = dict(visit.scope.get("state") or {})
+        timeout_s = OPEN_TIMEOUT_S if visit.target.is_open else self._config.limits.deadline_s + TIMEOUT_SLACK_S
+        headers.append((b"x-request-timeout-seconds", f"{timeout_s:g}".encode()))
         if visit.tenant != NOBODY:
-            timeout_s = self._config.limits.deadline_s + TIMEOUT_SLACK_S
-            headers.append((b"x-request-timeout-seconds", f"{timeout_s:g}".encode()))
             state[STATE_KEY] = Passport(
                 tenant=visit.tenant,
                 request_id=visit.request_id,

@@ -23,14 +23,14 @@ from eagleray.core.errors import ConfigError
 from eagleray.core.storage import make_folder, write_private
 from eagleray.infer.runtimes.memory import cache_folder
 from eagleray.serving.access import KeyFile
-from eagleray.serving.admission import FileLedger, RateLimiter
+from eagleray.serving.admission import FileLedger, RateLimiter, ledger_name
 from eagleray.serving.connections import install
 from eagleray.serving.gateway import Gateway
 from eagleray.serving.settings import ServingConfig
 from eagleray.serving.visits import Watch
 
 SETTINGS_VARIABLE = "EAGLERAY_SERVING_SETTINGS"
-SETTINGS_FILE, RATES_FILE = "serving.json", "rates"
+SETTINGS_FILE = "serving.json"
 
 
 def write_settings(config: ServingConfig, folder: str | Path) -> Path:
@@ -97,6 +97,7 @@ def serve_middlewares(watch: Watch | None = None) -> list[Middleware]:
     """
     config, path = read_settings()
     keys = KeyFile(config.access.keys_file) if config.access.auth == "keys" and config.access.keys_file else None
-    limiter = RateLimiter(FileLedger(state_folder(path) / RATES_FILE, config.rates.max_tenants))
+    most = config.rates.max_tenants
+    limiter = RateLimiter(FileLedger(state_folder(path) / ledger_name(str(path), most), most))
     install(config.limits)
     return [Middleware(Gateway, config=config, keys=keys, limiter=limiter, watch=watch)]

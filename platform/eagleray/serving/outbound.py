@@ -46,7 +46,8 @@ class Outbound:
         self._send, self._path, self._is_https = send, path, is_https
         self._request_id = request_id.encode()
         self.status = 0  # until an answer has begun
-        self.on_end: Callable[[], None] | None = None  # told when all but the last of the answer is out
+        self.is_answered = False  # whether it is the app's
+        self.on_answer: Callable[[], None] | None = None  # told when the answer is there, however slowly it is read
         self.closes = False  # whether the connection ends after the answer: the rest of the request's body is not read
         self.num_images = 1
         self.refusal: Refusal | None = None
@@ -57,10 +58,9 @@ class Outbound:
             status, headers = message["status"], message.get("headers") or []
             self.refusal = _as_refusal(status, headers)
             if self.refusal is None:
+                self.is_answered = True
                 await self._begin(status, headers)
         elif self.refusal is None:
-            if self.on_end is not None and not message.get("more_body", False):
-                self.on_end()
             await self._send(message)
 
     async def say(
@@ -106,6 +106,8 @@ class Outbound:
             kept.append(POLICY)
         if self._is_https:
             kept.append(STRICT_TRANSPORT)
+        if self.on_answer is not None:
+            self.on_answer()
         await self._send({"type": "http.response.start", "status": status, "headers": kept})
 
 

@@ -20,7 +20,9 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +48,7 @@ Wall = Callable[[], float]
 
 
 class RequestLog:
-    """Writes ``requests-<pid>.jsonl`` (mode 0600) in a folder, ``.1`` to ``.3`` before it when it is full.
+    """Writes ``requests-<host>-<pid>.jsonl`` (mode 0600) in a folder, ``.1`` to ``.3`` before it when it is full.
 
     Args:
         folder: Made (mode 0700) when there is none.
@@ -59,7 +61,8 @@ class RequestLog:
 
     def __init__(self, folder: str | Path, *, key: bytes | None = None, wall: Wall = time.time) -> None:
         self._key, self._wall = key or secrets.token_bytes(32), wall
-        self._path = Path(folder) / f"requests-{os.getpid()}.jsonl"
+        host = re.sub(r"[^A-Za-z0-9.]", "-", socket.gethostname())[:64]  # nodes may share the folder
+        self._path = Path(folder) / f"requests-{host}-{os.getpid()}.jsonl"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:

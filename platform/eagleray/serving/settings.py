@@ -98,7 +98,7 @@ class LimitsConfig(Config):
 
     Attributes:
         max_body_bytes: The largest body that is read.
-        body_timeout_s: The longest time in which a body must have come.
+        body_timeout_s: The longest time in which a body must have come, and in which an answer must have been taken.
         max_images_per_request: Images of one request.
         deadline_s: A request's deadline where it names none, and the longest that it may name.
         max_queue_s: An image whose estimated wait is longer is refused at once; none = the SLO's latency.

@@ -48,6 +48,7 @@ class Visit:
         tenant: Who asks; NOBODY until it is known.
         key: The key that was given; None without keys.
         rates: What the tenant may ask.
+        held: Images that are kept from its quota until their number is known; 0 = none are.
         started_s: When it came, on the monotonic clock.
         taken_s: When all of it had come, on the same clock; 0 until then.
         seconds: How long it took from its beginning until its answer; 0 until it is over.
@@ -65,6 +66,7 @@ class Visit:
     tenant: str = NOBODY
     key: KeyRecord | None = None
     rates: Rates | None = None
+    held: int = 0
     started_s: float = field(default_factory=time.monotonic)
     taken_s: float = 0.0
     seconds: float = 0.0

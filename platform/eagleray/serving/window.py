@@ -1,7 +1,8 @@
 """The last requests of one process: how many failed and how long they took, to judge a model that was just put in.
 
 A pure ASGI wrapper measures; nothing of a request is kept but a time, a duration and a status. Refusals (a bad image, a
-missing key, an overload) are answers, not failures: what counts is a 5xx that is not 503.
+missing key, an overload) are answers, not failures: what counts is a 5xx that is not 503, and a 503 that came late. An
+overload is refused at once; who was kept waiting for it met a model that hangs or is too slow.
 
 Example:
     >>> window = RequestWindow()
@@ -30,7 +31,7 @@ class Figures:
     Attributes:
         requests: Requests answered with a prediction, a refusal or a failure.
         failures: Of them, those that failed through no fault of the client.
-        overloaded: Of them, those refused because too many came.
+        overloaded: Of them, those refused at once because too many came.
         latency_ms_p99: Of the answered ones (2xx); None when there was none.
     """
 
@@ -50,11 +51,14 @@ class RequestWindow:
     Args:
         most: How many are kept.
         clock: Monotonic, in s.
+        late_s: A 503 that took longer is a failure.
     """
 
-    def __init__(self, most: int = MOST, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, most: int = MOST, clock: Callable[[], float] = time.monotonic, *, late_s: float = math.inf
+    ) -> None:
         self._requests: deque[tuple[float, float, int]] = deque(maxlen=most)
-        self._clock = clock
+        self._clock, self._late_s = clock, late_s
 
     def add(self, seconds: float, status: int) -> None:
         """Keeps a request that has just ended.
@@ -76,10 +80,15 @@ class RequestWindow:
         answered = sorted(seconds for seconds, status in kept if 200 <= status < 300)
         return Figures(
             requests=len(kept),
-            failures=sum(status == 0 or (status >= 500 and status != OVERLOADED) for _, status in kept),
-            overloaded=sum(status == OVERLOADED for _, status in kept),
+            failures=sum(
+                status == 0 or (status >= 500 and not self._is_shed(seconds, status)) for seconds, status in kept
+            ),
+            overloaded=sum(self._is_shed(seconds, status) for seconds, status in kept),
             latency_ms_p99=1000 * answered[math.ceil(0.99 * len(answered)) - 1] if answered else None,
         )
+
+    def _is_shed(self, seconds: float, status: int) -> bool:
+        return status == OVERLOADED and seconds <= self._late_s
 
 
 def together(parts: list[Figures]) -> Figures:
@@ -111,6 +120,14 @@ class Watched:
             await self._app(scope, receive, send)
             return
         status = 0
+        started = whole = time.perf_counter()
+
+        async def read() -> Any:
+            nonlocal whole
+            message = await receive()
+            if message["type"] == "http.request":
+                whole = time.perf_counter()
+            return message
 
         async def watched(message: Any) -> None:
             nonlocal status
@@ -118,11 +135,11 @@ class Watched:
                 status = message["status"]
             await send(message)
 
-        started = time.perf_counter()
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, read, watched)
         except Exception:
             self._window.add(time.perf_counter() - started, 0)
             raise
         if status:
-            self._window.add(time.perf_counter() - started, status)
+            # A body that comes slowly makes no refusal late
+            self._window.add(time.perf_counter() - (whole if status == OVERLOADED else started), status)
