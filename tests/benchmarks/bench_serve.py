@@ -2,9 +2,10 @@
 
 Every turn starts one contestant afresh on the same two cores (the client takes part in them, as in every deployment on
 one machine) and asks over loopback: one request at a time, then an open loop at fixed arrivals, in which the highest
-rate is searched whose p99 keeps the limit (a request without a 200 counts as infinitely late), then twice that rate. A
-round is one turn of each, begun with another one each time; a ratio is taken within a round, quoted is its median with
-its least and most. The state is kept after each round: the same command goes on where it stopped.
+rate is searched whose p99 keeps the limit (a request without a 200 counts as infinitely late; a rate is given up when
+it has failed twice), then twice that rate. A round is one turn of each, begun with another one each time; a ratio is
+taken within a round, quoted is its median with its least and most. The state is kept after each round: the same command
+goes on where it stopped.
 
 Example:
     python tests/benchmarks/bench_serve.py                                  # light model, 48 KB: about 20 minutes
@@ -78,6 +79,7 @@ class Turn:
     accepted_p99_ms: float
     steps: int
     statuses: dict[str, int]
+    tried: list[dict[str, Any]]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -149,9 +151,10 @@ def read_state(args: argparse.Namespace, machine: dict[str, Any]) -> dict[str, A
 
 
 def sources() -> str:
-    """SHA-256, in hex, of what is measured: the code under platform/, committed or not."""
+    """SHA-256, in hex, of what is measured and how: the code under platform/ and the benchmarks', committed or not."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "platform").rglob("*.py")):
+    ours = [ROOT / "tests/benchmarks" / name for name in ("bench_serve.py", "open_loop.py", "serving_contestants.py")]
+    for path in [*sorted((ROOT / "platform").rglob("*.py")), *ours]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -216,7 +219,13 @@ def turn(contestant: Contestant, model: Model, folder: Path, work: Path, *, cont
         load.closed(4, WARM_S)
         alone = load.closed(1, SINGLE_S)
         start = start or 0.85 * load.closed(16, CAPACITY_S)["answered_per_s"]
-        peak, steps = search(lambda rate: step(load, rate), start, contest.limit_ms)
+        tried: list[dict[str, Any]] = []
+
+        def measure(rate: float) -> dict[str, Any]:
+            tried.append(step(load, rate))
+            return tried[-1]
+
+        peak, steps = search(measure, start, contest.limit_ms)
         twice = load.open(2 * peak.get("rate", start), OVERLOAD_S)
         return Turn(
             seconds_to_ready=server.seconds_to_ready,
@@ -230,6 +239,7 @@ def turn(contestant: Contestant, model: Model, folder: Path, work: Path, *, cont
             accepted_p99_ms=twice["accepted_p99_ms"] or math.inf,
             steps=steps,
             statuses=twice["statuses"],
+            tried=tried,
         )
 
 
@@ -240,6 +250,8 @@ def step(load: Load, rate: float) -> dict[str, Any]:
 
 def search(measure: Callable[[float], dict[str, Any]], start: float, limit_ms: float) -> tuple[dict[str, Any], int]:
     """The highest rate whose p99 keeps the limit, found to 5 %: up or down until both sides are known, then between.
+
+    A rate is given up when it has failed twice.
 
     Args:
         measure: What came of a rate; its ``p99_ms`` is None when it is infinite.
@@ -253,7 +265,9 @@ def search(measure: Callable[[float], dict[str, Any]], start: float, limit_ms: f
     low, high, rate, steps = 0.0, math.inf, max(start, 2.0), 0
     while steps < MOST_STEPS and high / max(low, 1e-9) > FINE and rate >= 1.0:
         found, steps = measure(rate), steps + 1
-        if found["p99_ms"] is not None and found["p99_ms"] <= limit_ms:
+        if not _keeps(found, limit_ms):  # a machine that stood still for a moment is not its limit: once more
+            found = measure(rate)
+        if _keeps(found, limit_ms):
             low, best = rate, found
         else:
             high = rate
@@ -262,6 +276,10 @@ def search(measure: Callable[[float], dict[str, Any]], start: float, limit_ms: f
         else:
             rate = high / COARSE**steps if low == 0.0 else math.sqrt(low * high)
     return best, steps
+
+
+def _keeps(found: dict[str, Any], limit_ms: float) -> bool:
+    return found["p99_ms"] is not None and found["p99_ms"] <= limit_ms
 
 
 def tables(name: str, rounds: Sequence[dict[str, Any]]) -> str:

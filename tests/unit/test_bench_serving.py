@@ -38,6 +38,18 @@ def test_a_server_that_never_keeps_the_limit_has_no_rate() -> None:
     assert steps <= MOST_STEPS
 
 
+def test_a_machine_that_stood_still_once_is_not_the_limit() -> None:
+    calls: list[float] = []
+
+    def measure(rate: float) -> dict[str, float]:
+        calls.append(rate)
+        return {"rate": rate, "p99_ms": 900.0 if len(calls) == 1 or rate > 100 else 50.0}
+
+    best, _ = search(measure, 95.0, 100.0)
+    assert calls[0] == calls[1] == 95.0
+    assert best["rate"] >= 95.0
+
+
 def test_a_request_without_an_answer_is_infinitely_late() -> None:
     tally = Tally(sent=100)
     tally.answers = [(1.0, 0.01)] * 98

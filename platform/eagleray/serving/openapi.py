@@ -125,7 +125,7 @@ def _v1_paths() -> Json:
         "/v1/models": {
             "get": {
                 **_said("models", "The models that the key opens.", []),
-                "responses": _responses(_named("ModelList"), (400, 401, 429)),
+                "responses": _responses(_named("ModelList"), (400, 401, 429, 503)),
             }
         },
     }
@@ -185,7 +185,7 @@ _INFER = (
     "Inference by the Open Inference Protocol. Where the header Inference-Header-Content-Length says how long the JSON"
     " is, binary tensors follow; they are answered where binary_data asks for them."
 )
-_LOOKED = (400, 401, 403, 404, 429)
+_LOOKED = (400, 401, 403, 404, 429, 503)
 _ASKED = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 
 
