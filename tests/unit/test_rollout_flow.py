@@ -240,10 +240,24 @@ def test_an_old_model_that_is_ill_is_waited_for(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_command_that_is_stopped_takes_the_model_back(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the new model serves, and nobody has judged it."""
-    before = signal.getsignal(number)
-    deployed = put_in(lambda: os.kill(os.getpid(), number), KeyboardInterrupt, monkeypatch)
-    assert deployed == ["new", "old"]
-    assert signal.getsignal(number) is before
+    heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, heard)  # a shell's background job, or nohup, has them ignored
+    try:
+        deployed = put_in(lambda: os.kill(os.getpid(), number), KeyboardInterrupt, monkeypatch)
+        assert deployed == ["new", "old"]
+        assert signal.getsignal(number) is heard
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_nohup_keeps_from_a_command_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with rollout._ends_as_ctrl_c():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_terminal_that_is_gone_takes_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,7 +354,7 @@ def test_no_image_of_the_corpus_travels_where_none_may(
 
     given: list[np.ndarray | None] = []
     monkeypatch.setattr(parity, "prove", lambda bundle, images: given.append(images))
-    monkeypatch.setattr(training_outputs, "save_made", lambda path, made, lineage, probes: probes(None))
+    monkeypatch.setattr(training_outputs, "save_made", lambda path, made, lineage, *, probes, like: probes(None))
     run = SimpleNamespace(config=pretraining(corpus, tmp_path / "ssl", probe_images=kind))
     made = SimpleNamespace(lineage={}, spec=ImageSpec(height=32, width=32))
     training_outputs.write_bundle(run, {}, build_index(open_corpus(corpus)), made)  # type: ignore[arg-type]
