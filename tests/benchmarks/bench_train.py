@@ -6,7 +6,7 @@ time. Ours is the whole command of the command line, with its probes, reports an
 rounds of the ratio within a round, with its least and most. Prints Markdown tables, writes every figure to a JSON file.
 
 Example:
-    python tests/benchmarks/bench_train.py                                        # all, sized for 20 minutes on 2 cores
+    python tests/benchmarks/bench_train.py  # all; the peer of the linear probe alone takes 3 minutes a round
     python tests/benchmarks/bench_train.py --rounds 3 --only simclr,ray --scale 0.5
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from eagleray import __version__
+from eagleray.flows.release_steps import _widest
 from eagleray.infer.classifier import Classifier
 from eagleray.infer.parity import check_parity, prove, stated
 from eagleray.infer.probes import generated_images
@@ -72,8 +73,7 @@ def smaller(path: Path, parent: ModelBundle, form: str) -> ModelBundle:
     with tempfile.TemporaryDirectory() as folder:
         trial = save_bundle(Path(folder) / "trial", draft, {ONNX: data}, probes=parent.path / PROBES)
         seen = [stated(check_parity(trial, runtime)) for runtime in candidates(trial)]
-    widest = {name: (max if name.startswith("max") else min)(one[name] for one in seen) for name in seen[0]}
-    lineage = {**parent.lineage, "tolerance": widest}
+    lineage = {**parent.lineage, "tolerance": _widest(seen)}
     return save_bundle(path, replace(draft, lineage=lineage), {ONNX: data}, probes=parent.path / PROBES)
 
 

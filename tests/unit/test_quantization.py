@@ -16,6 +16,7 @@ from eagleray.core.tables import resolve
 from eagleray.infer.export import export_onnx
 from eagleray.infer.quantization import QuantizationSettings, quantize, to_fp16
 from eagleray.infer.quantization.calibration import Histogram
+from eagleray.infer.quantization.correction import correct
 from eagleray.infer.quantization.graph import layers, prepare
 from eagleray.infer.quantization.search import search, sqnr_db
 from eagleray.infer.runtimes import RUNTIMES
@@ -137,6 +138,29 @@ def test_rounded_weights_with_corrected_biases_have_no_mean_error(tmp_path: Path
 
     assert mean_error(known["conv_corrected"]).max() <= 1e-5  # float32 sums of some dozens of values up to 10
     assert mean_error(bias).max() >= 1e-3
+
+
+def test_a_matrix_product_s_bias_is_the_sum_behind_it() -> None:
+    generator = np.random.default_rng(0)
+    weight, x = (generator.normal(2, 1, shape).astype(np.float32) for shape in ((8, 4), (64, 8)))
+    scale = np.abs(weight).max(axis=0) / 127
+    rounded = np.round(weight / scale).astype(np.int8)
+    product = helper.make_node("MatMul", ["x", "w"], ["m"], name="product")
+    taken = helper.make_node("MatMul", ["x", "wide"], ["m"], name="product")
+    wide = helper.make_node("DequantizeLinear", ["q", "s", "z"], ["wide"], axis=1, name="wide")
+    values = {"w": weight, "b": np.ones(4, np.float32), "q": rounded, "s": scale, "z": np.zeros(4, np.int8)}
+
+    def model(*nodes: Any) -> Any:
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+        parts = [*nodes, helper.make_node("Add", ["m", "b"], ["y"], name="sum")]
+        held = [numpy_helper.from_array(value, name) for name, value in values.items()]
+        return helper.make_model(helper.make_graph(parts, "one", ends[:1], ends[1:], held))
+
+    corrected = correct(model(wide, taken), model(product), {"x": x.mean(axis=0, keepdims=True)}).graph
+    bias = {one.name: numpy_helper.to_array(one) for one in corrected.initializer}[corrected.node[-1].input[1]]
+    error = x @ (rounded * scale) + bias - (x @ weight + values["b"])
+    assert np.abs(error.mean(axis=0)).max() <= 1e-5  # float32 sums of some dozens of values up to 10
+    assert np.abs((x @ (rounded * scale - weight)).mean(axis=0)).max() >= 1e-3
 
 
 def _logits_of(bundle: ModelBundle, pixels: np.ndarray) -> np.ndarray:

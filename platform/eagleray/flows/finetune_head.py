@@ -23,7 +23,7 @@ from eagleray.flows.train import already_done, refuse_other
 from eagleray.flows.training_config import feed_settings, train_settings
 from eagleray.flows.training_data import Chosen, counts_in_words
 from eagleray.flows.training_run import Run, opened
-from eagleray.vision.bundle import load_bundle
+from eagleray.vision.bundle import ModelBundle, load_bundle
 from eagleray.vision.inputs import Selection
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run_head(config: FinetuneConfig, *, is_quiet: bool = False, is_live: bool | 
         about = {"images": len(chosen.index), "corpus_digest": chosen.corpus.digest}
         head_of_run = {**training_outputs.head(run, key), **about}
         training_outputs.write_state(run, {**head_of_run, "state": "running"})
-        like = load_bundle(_backbone(run, config, chosen, point))
+        like = _backbone(run, config, chosen, point)
         features = make_features(run, config, chosen, like.path, is_quiet=is_quiet, is_live=is_live)
         head, figures = fit(run, config, chosen, features)
         from eagleray.learn.head import put_head
@@ -82,10 +82,10 @@ def make_features(
     return read_features(run.folder.root / FEATURES, chosen.index)
 
 
-def _backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Path:
+def _backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> ModelBundle:
     """The bundle that gives the features: the parent itself, or the model before its first step."""
     is_same = "bundle" in point.parent and config.size_px is None and config.head != "new"
-    return Path(config.parent) if is_same else _save_backbone(run, config, chosen, point)
+    return load_bundle(config.parent) if is_same else _save_backbone(run, config, chosen, point)
 
 
 def _mask(config: FinetuneConfig, chosen: Chosen) -> NDArray[np.bool_]:
@@ -93,7 +93,7 @@ def _mask(config: FinetuneConfig, chosen: Chosen) -> NDArray[np.bool_]:
     return chosen.splits.mask(chosen.split)
 
 
-def _save_backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> Path:
+def _save_backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: StartingPoint) -> ModelBundle:
     """The model before its first step as a bundle, which the scoring path takes."""
     made = finetune_start.made_of(config, chosen, point)
     has_onnx = config.runtime != "torch"
@@ -101,8 +101,7 @@ def _save_backbone(run: Run, config: FinetuneConfig, chosen: Chosen, point: Star
     name = digest_json({**parts, "seed": config.seed, "has_onnx": has_onnx})[:12]
     path = run.folder.root / f"{BACKBONE}-{name}"
     lineage = {**made.lineage, "mode": "frozen backbone"}
-    training_outputs.save_made(path, made, lineage, has_onnx=has_onnx)
-    return path
+    return training_outputs.save_made(path, made, lineage, has_onnx=has_onnx)
 
 
 def fit(run: Run, config: FinetuneConfig, chosen: Chosen, features: NDArray[np.float32]) -> tuple[Head, dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from eagleray.core.config import Config, load
+from eagleray.core.config import load
 from eagleray.core.errors import ConfigError
 from eagleray.core.progress import Note, notes
 from eagleray.core.storage import make_folder
@@ -29,14 +29,8 @@ from eagleray.flows.scoring_place import RuntimeName
 from eagleray.serving.access import KeyRequest, create_key
 from eagleray.serving.settings import (
     MODEL_NAME,
-    AutoscaleConfig,
-    BatchingConfig,
-    CanaryConfig,
-    LimitsConfig,
-    MemoryConfig,
-    RateConfig,
+    BehaviorConfig,
     ServingConfig,
-    SloConfig,
 )
 
 WATCH_PERIOD_S = 5.0
@@ -44,7 +38,7 @@ KEYS, KEY_HEADER = "keys.json", "key"
 TENANT = "local"
 
 
-class ServeConfig(Config):
+class ServeConfig(BehaviorConfig):
     """A service as a person gives it.
 
     Attributes:
@@ -75,14 +69,6 @@ class ServeConfig(Config):
     tls_key: str | None = None
     request_log: str | None = None
     metrics_port: int | None = Field(None, ge=1, le=65535)
-    batching: BatchingConfig = Field(default_factory=BatchingConfig)
-    limits: LimitsConfig = Field(default_factory=LimitsConfig)
-    slo: SloConfig = Field(default_factory=SloConfig)
-    autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
-    canary: CanaryConfig = Field(default_factory=CanaryConfig)
-    memory: MemoryConfig = Field(default_factory=MemoryConfig)
-    rates: RateConfig = Field(default_factory=RateConfig)
-    drain_s: float = Field(20.0, gt=0, le=600)
 
     @field_validator("model", mode="before")
     @classmethod
@@ -177,7 +163,7 @@ def _prepared(config: ServeConfig, folder: Path) -> ServingConfig:
         raise ConfigError(
             f"no key file at {keys}",
             expected="a file that `eagleray apikeys create` wrote",
-            fix=f"eagleray apikeys create --file {keys} --tenant NAME, or leave --keys out for a key of this run",
+            fix=f"eagleray apikeys create --keys {keys} --tenant NAME, or leave --keys out for a key of this run",
         )
     if config.request_log:
         (folder / REQUESTS_FOLDER).symlink_to(make_folder(config.request_log).resolve())  # files in it are 0600
@@ -198,7 +184,6 @@ def to_serving(config: ServeConfig, *, keys_file: str | None = None) -> ServingC
     keys_file = keys_file or config.keys
     shared = {name: getattr(config, name) for name in ("runtime", "device", "threads", "engines")}
     models = [{"name": name, "bundle": str(Path(path).resolve()), **shared} for name, path in map(_named, config.model)]
-    parts = ("batching", "limits", "slo", "autoscale", "canary", "memory", "rates", "drain_s")
     access = {"auth": config.auth, "keys_file": None if keys_file is None else str(Path(keys_file).resolve())}
     http = {
         "host": config.host,
@@ -207,7 +192,7 @@ def to_serving(config: ServeConfig, *, keys_file: str | None = None) -> ServingC
         "tls_cert": config.tls_cert and str(Path(config.tls_cert).resolve()),
         "tls_key": config.tls_key and str(Path(config.tls_key).resolve()),
     }
-    given = {name: getattr(config, name) for name in parts}
+    given = {name: getattr(config, name) for name in BehaviorConfig.model_fields}
     return load(ServingConfig, overrides={"models": models, "access": access, "http": http, **given})
 
 

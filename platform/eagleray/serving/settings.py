@@ -257,16 +257,14 @@ class HttpConfig(Config):
             return self.host == "localhost"
 
 
-class ServingConfig(Config):
-    """A service.
+class BehaviorConfig(Config):
+    """How a service behaves, whatever its models and whoever may ask.
 
     Attributes:
-        models: At least one; the first answers where none is named.
-        batching, limits, slo, autoscale, canary, memory, rates, access, http: See there.
+        batching, limits, slo, autoscale, canary, memory, rates: See there.
         drain_s: How long a replica that goes may take to answer what it holds.
     """
 
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     slo: SloConfig = Field(default_factory=SloConfig)
@@ -274,9 +272,21 @@ class ServingConfig(Config):
     canary: CanaryConfig = Field(default_factory=CanaryConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     rates: RateConfig = Field(default_factory=RateConfig)
+    drain_s: float = Field(20.0, gt=0, le=600)
+
+
+class ServingConfig(BehaviorConfig):
+    """A service.
+
+    Attributes:
+        models: At least one; the first answers where none is named.
+        access, http: See there.
+        batching, limits, slo, autoscale, canary, memory, rates, drain_s: As in BehaviorConfig.
+    """
+
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
     access: AccessConfig = Field(default_factory=AccessConfig)
     http: HttpConfig = Field(default_factory=HttpConfig)
-    drain_s: float = Field(20.0, gt=0, le=600)
 
     @model_validator(mode="after")
     def _consistent(self) -> ServingConfig:

@@ -14,13 +14,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from eagleray.infer.quantization.calibration import Session
-from eagleray.infer.quantization.graph import WEIGHTED, Layer, constants
+from eagleray.infer.quantization.graph import WEIGHTED, Layer, attribute, constants, consumers
 from eagleray.infer.runtimes import Float32, Uint8
 from eagleray.vision.images import ImageSpec
 
@@ -64,50 +64,36 @@ def correct(quantized: Any, original: Any, means: Mapping[str, Float32]) -> Any:
 
     floats, held = constants(original.graph), constants(quantized.graph)
     makers = {name: node for node in quantized.graph.node for name in node.output}
-    parents = {node.name: node for node in original.graph.node}
+    parents, uses = {node.name: node for node in original.graph.node}, consumers(quantized.graph)
     for node in list(quantized.graph.node):
         parent = parents.get(node.name)
         rounded = makers.get(node.input[1]) if node.op_type in WEIGHTED else None
         if parent is None or rounded is None or rounded.op_type != "DequantizeLinear" or rounded.input[0] not in held:
             continue
         mean = means.get(parent.input[0])
-        bias, name = _bias_of(quantized.graph, node, held)
-        if mean is None or (bias is None and node.op_type != "Conv"):
+        taker, name = _bias_of(node, held, uses.get(node.output[0], []))
+        if mean is None or (not name and node.op_type != "Conv"):
             continue
         weight = numpy_helper.to_array(floats[parent.input[1]])
         error = _mean_error(node, _dequantized(rounded, held) - weight, mean)
-        shifted = (0.0 if bias is None else bias.astype(np.float64)) - error
+        shifted = (numpy_helper.to_array(held[name]).astype(np.float64) if name else 0.0) - error
         corrected = f"{node.name}_corrected"
         quantized.graph.initializer.append(numpy_helper.from_array(shifted.astype(np.float32), corrected))
-        _take_bias(quantized.graph, node, name, corrected)
+        if name:  # another layer that had the same one keeps it
+            taker.input[:] = [corrected if one == name else one for one in taker.input]
+        else:
+            taker.input[2:] = [corrected]
     return quantized
 
 
-def _bias_of(graph: Any, node: Any, held: Mapping[str, Any]) -> tuple[np.ndarray | None, str]:
-    """A layer's bias and its name: its own, or, behind a matrix product, that of the sum that follows."""
-    from onnx import numpy_helper
-
-    if node.op_type != "MatMul":
-        name = node.input[2] if len(node.input) > 2 else ""
-    else:
-        after = [one for one in graph.node if node.output[0] in one.input]
-        name = ""
-        if len(after) == 1 and after[0].op_type == "Add":
-            name = next((one for one in after[0].input if one in held), "")
-    if name not in held:
-        return None, ""
-    bias = numpy_helper.to_array(held[name])
-    return (bias, name) if bias.ndim == 1 else (None, "")
-
-
-def _take_bias(graph: Any, node: Any, old: str, new: str) -> None:
-    """Gives a layer its new bias; another layer that had the same one keeps it."""
+def _bias_of(node: Any, held: Mapping[str, Any], after: Sequence[Any]) -> tuple[Any, str]:
+    """The node that adds a layer's bias (itself, or the sum behind a matrix product) and the bias; "" for none."""
     if node.op_type == "MatMul":
-        node = next(one for one in graph.node if node.output[0] in one.input)
-    elif not old:
-        node.input[2:] = [new]
-        return
-    node.input[:] = [new if name == old else name for name in node.input]
+        taker = after[0] if len(after) == 1 and after[0].op_type == "Add" else node
+        names = [one for one in taker.input if one in held] if taker is not node else []
+    else:
+        taker, names = node, [one for one in node.input[2:3] if one in held]
+    return taker, names[0] if names and len(held[names[0]].dims) == 1 else ""
 
 
 def _dequantized(node: Any, held: Mapping[str, Any]) -> Float32:
@@ -115,10 +101,9 @@ def _dequantized(node: Any, held: Mapping[str, Any]) -> Float32:
     from onnx import numpy_helper
 
     values, scale = (numpy_helper.to_array(held[name]) for name in node.input[:2])
-    axis = next((one.i for one in node.attribute if one.name == "axis"), 1)
     shape = [1] * values.ndim
     if scale.ndim:
-        shape[axis] = -1
+        shape[attribute(node, "axis", 1)] = -1
     return np.asarray(values.astype(np.float32) * scale.reshape(shape))
 
 
